@@ -1,0 +1,212 @@
+// Package domainxml turns a description of a job's machine into libvirt's
+// domain XML (https://libvirt.org/formatdomain.html), through the structs of
+// libvirtxml alone, so that no text from outside can become markup.
+package domainxml
+
+import (
+	"fmt"
+
+	"libvirt.org/go/libvirtxml"
+)
+
+// Machine describes a job's machine. Every field is required unless its
+// comment says otherwise.
+type Machine struct {
+	// Name is the domain's name.
+	Name string
+	// Host is what the host can offer to the machine.
+	Host Host
+	// CPU overrides the best CPU: "host-passthrough", "host-model", "maximum"
+	// or the name of a model. Optional.
+	CPU string
+	// VCPUs is the number of virtual CPUs, 1 or more.
+	VCPUs uint
+	// Memory is the guest's memory in bytes.
+	Memory uint64
+	// UEFI boots by UEFI in place of the machine's own firmware. libvirt
+	// picks the firmware and makes its NVRAM.
+	UEFI bool
+	// Kernel, Initrd and Cmdline boot a kernel directly. Optional.
+	Kernel, Initrd, Cmdline string
+	// Disk is the overlay that the machine writes to.
+	Disk Disk
+	// Network is the libvirt network and MAC the address on it.
+	Network, MAC string
+	// ConsoleLog is the host's file that receives what the guest writes to
+	// its serial console.
+	ConsoleLog string
+	// Metadata says whose machine it is.
+	Metadata Metadata
+}
+
+// Host is what the hypervisor can offer.
+type Host struct {
+	// VirtType is "kvm" or "qemu".
+	VirtType string
+	// Arch is libvirt's name of the architecture: x86_64, aarch64, ...
+	Arch string
+	// MachineType is the machine type: q35, virt, ...
+	MachineType string
+	// HostPassthrough and MaximumCPU tell whether these CPU modes exist.
+	HostPassthrough, MaximumCPU bool
+}
+
+// Disk is a qcow2 overlay and the base volume under it. Both formats are
+// explicit, so that nothing on the host ever guesses a format from bytes that
+// a guest may have written.
+type Disk struct {
+	// Path is the overlay, BasePath the base volume.
+	Path, BasePath string
+	// BaseFormat is "qcow2" or "raw".
+	BaseFormat string
+}
+
+// XML returns the machine as a document for virDomainDefineXML.
+func (m Machine) XML() (string, error) {
+	metadata, err := m.Metadata.marshal(Namespace)
+	if err != nil {
+		return "", err
+	}
+	domain := libvirtxml.Domain{
+		Type:     m.Host.VirtType,
+		Name:     m.Name,
+		Title:    fmt.Sprintf("GitLab job %d of project %d", m.Metadata.Job, m.Metadata.Project),
+		Metadata: &libvirtxml.DomainMetadata{XML: metadata},
+		Memory:   &libvirtxml.DomainMemory{Value: uint(m.Memory / 1024), Unit: "KiB"},
+		VCPU:     &libvirtxml.DomainVCPU{Value: m.VCPUs, Placement: "static"},
+		OS:       m.os(),
+		Features: m.features(),
+		CPU:      m.cpu(),
+		Clock:    &libvirtxml.DomainClock{Offset: "utc"},
+		// A machine that powers off stays defined until cleanup: the stage
+		// that waits for it can then still say what became of it.
+		OnPoweroff: "destroy",
+		OnReboot:   "restart",
+		OnCrash:    "destroy",
+		Devices:    m.devices(),
+	}
+	text, err := domain.Marshal()
+	if err != nil {
+		return "", fmt.Errorf("write domain XML of %s: %w", m.Name, err)
+	}
+	return text, nil
+}
+
+func (m Machine) os() *libvirtxml.DomainOS {
+	os := &libvirtxml.DomainOS{
+		Type:    &libvirtxml.DomainOSType{Arch: m.Host.Arch, Machine: m.Host.MachineType, Type: "hvm"},
+		Kernel:  m.Kernel,
+		Initrd:  m.Initrd,
+		Cmdline: m.Cmdline,
+	}
+	if m.UEFI {
+		os.Firmware = "efi"
+		if m.Host.Arch == "x86_64" {
+			// Guests' boot loaders are rarely signed with a key that the
+			// firmware knows, and the variant that checks needs SMM.
+			os.FirmwareInfo = &libvirtxml.DomainOSFirmwareInfo{
+				Features: []libvirtxml.DomainOSFirmwareFeature{{Enabled: "no", Name: "secure-boot"}},
+			}
+		}
+	}
+	if m.Kernel == "" {
+		os.BootDevices = []libvirtxml.DomainBootDevice{{Dev: "hd"}}
+	}
+	return os
+}
+
+func (m Machine) features() *libvirtxml.DomainFeatureList {
+	switch {
+	case m.Host.Arch == "x86_64":
+		return &libvirtxml.DomainFeatureList{
+			ACPI: &libvirtxml.DomainFeature{},
+			APIC: &libvirtxml.DomainFeatureAPIC{},
+		}
+	case m.UEFI:
+		// On other architectures ACPI comes with UEFI or not at all.
+		return &libvirtxml.DomainFeatureList{ACPI: &libvirtxml.DomainFeature{}}
+	}
+	return nil
+}
+
+// cpu returns the CPU: as asked; or the host's own under KVM; or, emulated,
+// all that QEMU can emulate.
+func (m Machine) cpu() *libvirtxml.DomainCPU {
+	switch m.CPU {
+	case "host-passthrough", "host-model", "maximum":
+		return &libvirtxml.DomainCPU{Mode: m.CPU}
+	case "":
+	default:
+		return &libvirtxml.DomainCPU{
+			Mode: "custom", Match: "exact", Check: "none",
+			Model: &libvirtxml.DomainCPUModel{Value: m.CPU, Fallback: "forbid"},
+		}
+	}
+	switch {
+	case m.Host.VirtType == "kvm" && m.Host.HostPassthrough:
+		return &libvirtxml.DomainCPU{Mode: "host-passthrough"}
+	case m.Host.VirtType != "kvm" && m.Host.MaximumCPU:
+		return &libvirtxml.DomainCPU{Mode: "maximum"}
+	}
+	return nil
+}
+
+func (m Machine) devices() *libvirtxml.DomainDeviceList {
+	return &libvirtxml.DomainDeviceList{
+		Disks:      []libvirtxml.DomainDisk{m.disk()},
+		Interfaces: []libvirtxml.DomainInterface{m.networkInterface()},
+		Serials: []libvirtxml.DomainSerial{{
+			Source: &libvirtxml.DomainChardevSource{Pty: &libvirtxml.DomainChardevSourcePty{}},
+			Log:    &libvirtxml.DomainChardevLog{File: m.ConsoleLog, Append: "off"},
+		}},
+		Channels: []libvirtxml.DomainChannel{{
+			// The guest agent, for images that run one.
+			Source: &libvirtxml.DomainChardevSource{UNIX: &libvirtxml.DomainChardevSourceUNIX{Mode: "bind"}},
+			Target: &libvirtxml.DomainChannelTarget{
+				VirtIO: &libvirtxml.DomainChannelTargetVirtIO{Name: "org.qemu.guest_agent.0"},
+			},
+		}},
+		RNGs: []libvirtxml.DomainRNG{{
+			// Without it a guest may wait for entropy before sshd has keys.
+			Model:   "virtio",
+			Backend: &libvirtxml.DomainRNGBackend{Random: &libvirtxml.DomainRNGBackendRandom{Device: "/dev/urandom"}},
+		}},
+		Controllers: []libvirtxml.DomainController{{Type: "usb", Model: "none"}},
+		MemBalloon:  &libvirtxml.DomainMemBalloon{Model: "none"},
+	}
+}
+
+func (m Machine) disk() libvirtxml.DomainDisk {
+	file := func(path string) *libvirtxml.DomainDiskSource {
+		return &libvirtxml.DomainDiskSource{File: &libvirtxml.DomainDiskSourceFile{File: path}}
+	}
+	return libvirtxml.DomainDisk{
+		Device: "disk",
+		Driver: &libvirtxml.DomainDiskDriver{
+			Name: "qemu",
+			Type: "qcow2",
+			// The disk dies with the job, so what a guest flushes need not
+			// reach the platter, and base volumes stay in the host's cache.
+			Cache:   "unsafe",
+			Discard: "unmap",
+		},
+		Source: file(m.Disk.Path),
+		BackingStore: &libvirtxml.DomainDiskBackingStore{
+			Format: &libvirtxml.DomainDiskFormat{Type: m.Disk.BaseFormat},
+			Source: file(m.Disk.BasePath),
+			// The chain ends here: a base volume has no base of its own.
+			BackingStore: &libvirtxml.DomainDiskBackingStore{},
+		},
+		Target: &libvirtxml.DomainDiskTarget{Dev: "vda", Bus: "virtio"},
+	}
+}
+
+func (m Machine) networkInterface() libvirtxml.DomainInterface {
+	return libvirtxml.DomainInterface{
+		MAC:    &libvirtxml.DomainInterfaceMAC{Address: m.MAC},
+		Source: &libvirtxml.DomainInterfaceSource{Network: &libvirtxml.DomainInterfaceSourceNetwork{Network: m.Network}},
+		Model:  &libvirtxml.DomainInterfaceModel{Type: "virtio"},
+		// No boot ROM: the guest never boots from the network.
+		ROM: &libvirtxml.DomainROM{Enabled: "no"},
+	}
+}

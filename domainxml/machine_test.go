@@ -1,0 +1,158 @@
+package domainxml
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	"libvirt.org/go/libvirtxml"
+)
+
+func machine() Machine {
+	return Machine{
+		Name:  "runner-1-project-2-concurrent-0-job-3",
+		Host:  Host{VirtType: "qemu", Arch: "x86_64", MachineType: "q35", HostPassthrough: true, MaximumCPU: true},
+		VCPUs: 2, Memory: 2048 << 20,
+		Disk:    Disk{Path: "/pool/job.qcow2", BasePath: "/pool/base.raw", BaseFormat: "raw"},
+		Network: "default", MAC: "52:54:00:01:02:03",
+		ConsoleLog: "/log/console.log",
+		Metadata: Metadata{Job: 3, Project: 2, Runner: 1, JobURL: "https://gitlab.example/-/jobs/3", Image: "debian",
+			Pool: "default", Volume: "job.qcow2", Created: time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)},
+	}
+}
+
+// parse reads a document back, as libvirt would.
+func parse(t *testing.T, m Machine) *libvirtxml.Domain {
+	t.Helper()
+	text, err := m.XML()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var domain libvirtxml.Domain
+	if err := domain.Unmarshal(text); err != nil {
+		t.Fatalf("%v in\n%s", err, text)
+	}
+	return &domain
+}
+
+func TestDiskFormatsAreExplicitAllTheWayDown(t *testing.T) {
+	disk := parse(t, machine()).Devices.Disks[0]
+	if disk.Driver.Type != "qcow2" || disk.Source.File.File != "/pool/job.qcow2" {
+		t.Errorf("overlay is %q at %v", disk.Driver.Type, disk.Source.File)
+	}
+	base := disk.BackingStore
+	if base == nil || base.Format.Type != "raw" || base.Source.File.File != "/pool/base.raw" {
+		t.Fatalf("base is %+v", base)
+	}
+	if base.BackingStore == nil || base.BackingStore.Source.File != nil {
+		t.Errorf("the chain does not end at the base volume: %+v", base.BackingStore)
+	}
+}
+
+func TestCPU(t *testing.T) {
+	for _, test := range []struct {
+		name, virtType, asked string
+		passthrough, maximum  bool
+		mode, model           string
+	}{
+		{name: "kvm", virtType: "kvm", passthrough: true, maximum: true, mode: "host-passthrough"},
+		{name: "emulated", virtType: "qemu", passthrough: true, maximum: true, mode: "maximum"},
+		{name: "emulated by an old QEMU", virtType: "qemu", passthrough: true},
+		{name: "a mode", virtType: "kvm", passthrough: true, asked: "host-model", mode: "host-model"},
+		{name: "a model", virtType: "qemu", maximum: true, asked: "Haswell", mode: "custom", model: "Haswell"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			m := machine()
+			m.CPU = test.asked
+			m.Host.VirtType, m.Host.HostPassthrough, m.Host.MaximumCPU = test.virtType, test.passthrough, test.maximum
+			cpu := parse(t, m).CPU
+			if cpu == nil {
+				cpu = &libvirtxml.DomainCPU{}
+			}
+			if cpu.Mode != test.mode {
+				t.Errorf("mode %q, want %q", cpu.Mode, test.mode)
+			}
+			if model := cpu.Model; (model == nil) != (test.model == "") || model != nil && model.Value != test.model {
+				t.Errorf("model %+v, want %q", model, test.model)
+			}
+		})
+	}
+}
+
+func TestFirmware(t *testing.T) {
+	m := machine()
+	if os := parse(t, m).OS; os.Firmware != "" || len(os.BootDevices) != 1 {
+		t.Errorf("BIOS: %+v", os)
+	}
+	m.UEFI = true
+	if os := parse(t, m).OS; os.Firmware != "efi" || len(os.FirmwareInfo.Features) != 1 || os.FirmwareInfo.Features[0].Enabled != "no" {
+		t.Errorf("UEFI on x86_64 must ask for firmware without secure boot: %+v", os)
+	}
+	m.Host.Arch, m.Host.MachineType = "aarch64", "virt"
+	domain := parse(t, m)
+	if domain.OS.Firmware != "efi" || domain.OS.FirmwareInfo != nil || domain.Features.ACPI == nil || domain.Features.APIC != nil {
+		t.Errorf("UEFI on aarch64: %+v %+v", domain.OS, domain.Features)
+	}
+	m.UEFI, m.Kernel, m.Initrd, m.Cmdline = false, "/k", "/i", "console=ttyAMA0"
+	domain = parse(t, m)
+	if os := domain.OS; os.Kernel != "/k" || os.Initrd != "/i" || os.Cmdline != "console=ttyAMA0" || len(os.BootDevices) != 0 {
+		t.Errorf("direct kernel boot: %+v", os)
+	}
+	if domain.Features != nil {
+		t.Errorf("ACPI without UEFI on aarch64: %+v", domain.Features)
+	}
+}
+
+func TestTextFromOutsideStaysText(t *testing.T) {
+	const nasty = `"/><disk type='file'/> & ]]> <!-- ` + "\x00\x1b"
+	m := machine()
+	m.Metadata.JobURL, m.Metadata.Image, m.Cmdline, m.Kernel = nasty, nasty, nasty, "/k"
+	domain := parse(t, m)
+	if n := len(domain.Devices.Disks); n != 1 {
+		t.Errorf("%d disks", n)
+	}
+	if !strings.HasPrefix(domain.OS.Cmdline, `"/><disk type='file'/> & ]]> <!-- `) {
+		t.Errorf("cmdline came back as %q", domain.OS.Cmdline)
+	}
+	metadata, err := ParseMetadata(domain.Metadata.XML)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if metadata.JobURL != domain.OS.Cmdline {
+		t.Errorf("job URL came back as %q", metadata.JobURL)
+	}
+}
+
+func TestMetadataRoundTrip(t *testing.T) {
+	want := machine().Metadata
+	want.Address, want.HostKey = "192.0.2.1", "ssh-ed25519 AAAA"
+	text, err := want.Element()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if strings.Contains(text, "xmlns") {
+		t.Errorf("libvirt adds the namespace itself: %s", text)
+	}
+	if got, err := ParseMetadata(text); err != nil || got != want {
+		t.Errorf("got %+v, %v\nwant %+v", got, err, want)
+	}
+	if got := parse(t, machine()).Metadata.XML; !strings.Contains(got, `<machine xmlns="`+Namespace+`">`) {
+		t.Errorf("no namespace in the domain: %s", got)
+	}
+}
+
+func TestNoDeviceThatAJobDoesNotNeed(t *testing.T) {
+	devices := parse(t, machine()).Devices
+	if len(devices.Graphics)+len(devices.Videos)+len(devices.Sounds)+len(devices.Inputs)+len(devices.Hostdevs) != 0 {
+		t.Errorf("devices: %+v", devices)
+	}
+	if c := devices.Controllers; len(c) != 1 || c[0].Type != "usb" || c[0].Model != "none" {
+		t.Errorf("controllers: %+v", c)
+	}
+	if len(devices.RNGs) != 1 || devices.RNGs[0].Model != "virtio" {
+		t.Errorf("rng: %+v", devices.RNGs)
+	}
+	if s := devices.Serials; len(s) != 1 || s[0].Log == nil || s[0].Log.File != "/log/console.log" {
+		t.Errorf("serial: %+v", s)
+	}
+}

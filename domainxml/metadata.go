@@ -1,0 +1,71 @@
+package domainxml
+
+import (
+	"encoding/xml"
+	"fmt"
+	"time"
+)
+
+// Namespace is the XML namespace of the driver's metadata in a domain, and
+// NamespacePrefix its usual prefix. A domain is the driver's only if it
+// carries an element in this namespace; virsh metadata DOMAIN NAMESPACE shows
+// it.
+const (
+	Namespace       = "urn:libvirt-driver:machine:1"
+	NamespacePrefix = "libvirt-driver"
+)
+
+// Metadata says whose machine a domain is, for later stages and for people.
+type Metadata struct {
+	// Job, Project and Runner are GitLab's ids.
+	Job     int64 `xml:"job"`
+	Project int64 `xml:"project"`
+	Runner  int64 `xml:"runner"`
+	// JobURL leads to the job's page.
+	JobURL string `xml:"job-url,omitempty"`
+	// Image is the image's name in the driver's settings.
+	Image string `xml:"image"`
+	// Pool and Volume name the overlay.
+	Pool   string `xml:"pool"`
+	Volume string `xml:"volume"`
+	// Created is when prepare made the machine, in UTC, to the second.
+	Created time.Time `xml:"created"`
+	// Address and HostKey are where the guest's SSH server was found and the
+	// key that it showed, in authorized_keys format. Empty until prepare has
+	// reached it.
+	Address string `xml:"address,omitempty"`
+	HostKey string `xml:"host-key,omitempty"`
+}
+
+// element is the one element that libvirt keeps for a namespace; see
+// https://libvirt.org/formatdomain.html#general-metadata.
+type element struct {
+	XMLName xml.Name `xml:"machine"`
+	// NS makes the namespace the element's own in a domain's XML. libvirt's
+	// calls for metadata add and remove it themselves.
+	NS string `xml:"xmlns,attr,omitempty"`
+	Metadata
+}
+
+// Element returns m as virDomainSetMetadata takes it.
+func (m Metadata) Element() (string, error) {
+	return m.marshal("")
+}
+
+func (m Metadata) marshal(namespace string) (string, error) {
+	m.Created = m.Created.UTC().Truncate(time.Second)
+	text, err := xml.Marshal(element{NS: namespace, Metadata: m})
+	if err != nil {
+		return "", fmt.Errorf("write metadata: %w", err)
+	}
+	return string(text), nil
+}
+
+// ParseMetadata reads what virDomainGetMetadata returns.
+func ParseMetadata(text string) (Metadata, error) {
+	var e element
+	if err := xml.Unmarshal([]byte(text), &e); err != nil {
+		return Metadata{}, fmt.Errorf("read metadata: %w", err)
+	}
+	return e.Metadata, nil
+}

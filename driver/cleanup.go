@@ -1,0 +1,110 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"libvirt-driver/domainxml"
+	"libvirt-driver/driver/gitlab"
+	"libvirt-driver/driver/hypervisor"
+)
+
+// Cleanup removes the job's machine and everything that prepare made for it,
+// whatever is there of it. Nothing being there is success.
+func (s *Stage) Cleanup(ctx context.Context) error {
+	job, err := s.identify()
+	if err != nil {
+		return err
+	}
+	_, err = s.removeWithin(ctx, job.Machine(), job)
+	return err
+}
+
+// removeWithin removes a job's machine, again and again until it is gone or the
+// time is up, and reports whether there was anything.
+func (s *Stage) removeWithin(ctx context.Context, name string, job gitlab.Job) (found bool, err error) {
+	limit := s.Settings.Timeouts.Destroy
+	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("not done after %v (timeouts.destroy)", limit))
+	defer cancel()
+	for try := 0; ; try++ {
+		some, left := s.remove(ctx, name, job)
+		found = found || some
+		switch {
+		case len(left.things) == 0 && left.err == nil:
+			return found, nil
+		case ctx.Err() != nil || left.final():
+			return found, left.report(context.Cause(ctx))
+		}
+		pause(ctx, min(backoff(try)*4, time.Second))
+	}
+}
+
+// errForeign is a domain that has the job's name and that the driver did not
+// make.
+var errForeign = errors.New("is not this driver's: it was made by something else")
+
+// leftover is what a removal could not remove, and why.
+type leftover struct {
+	things []string
+	err    error
+}
+
+func (l *leftover) add(err error, format string, args ...any) {
+	if err != nil {
+		l.things = append(l.things, fmt.Sprintf(format, args...))
+		l.err = errors.Join(l.err, err)
+	}
+}
+
+// final reports whether trying again is no use: it takes an administrator.
+func (l *leftover) final() bool {
+	return errors.Is(l.err, errForeign) || errors.Is(l.err, hypervisor.ErrInactive) || errors.Is(l.err, hypervisor.ErrUnreachable)
+}
+
+func (l *leftover) report(cause error) error {
+	err := fmt.Errorf("left behind: %s: %w", strings.Join(l.things, ", "), l.err)
+	if cause != nil {
+		return fmt.Errorf("%w: %w", cause, err)
+	}
+	return err
+}
+
+// remove makes one attempt to remove a job's machine. The domain's definition
+// goes last: it names the volume, so that an attempt cut short is not the last
+// that knows of it.
+func (s *Stage) remove(ctx context.Context, name string, job gitlab.Job) (found bool, left leftover) {
+	text, found, err := s.Hypervisor.Metadata(ctx, name, domainxml.Namespace)
+	if err != nil {
+		left.add(err, "domain %s", name)
+		return found, left
+	}
+	pools := s.Settings.Pools()
+	if found {
+		metadata, err := domainxml.ParseMetadata(text)
+		if text == "" || err != nil || metadata.Job != job.ID || metadata.Project != job.Project {
+			left.add(fmt.Errorf("domain %s %w: remove it with virsh undefine --nvram %s", name, errForeign, name), "domain %s", name)
+			return found, left
+		}
+		if !slices.Contains(pools, metadata.Pool) {
+			pools = append(pools, metadata.Pool)
+		}
+		if err := s.Hypervisor.DestroyDomain(ctx, name); err != nil {
+			left.add(err, "domain %s", name)
+			return found, left
+		}
+	}
+	for _, pool := range pools {
+		some, err := s.Hypervisor.DeleteVolume(ctx, pool, volumeName(name))
+		found = found || some
+		left.add(err, "volume %s in pool %s", volumeName(name), pool)
+	}
+	if len(left.things) == 0 {
+		left.add(s.Hypervisor.UndefineDomain(ctx, name), "domain %s", name)
+	}
+	left.add(s.removeLogs(name), "logs in %s", s.Settings.LogDir)
+	return found, left
+}

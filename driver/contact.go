@@ -1,0 +1,80 @@
+package driver
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"libvirt-driver/domainxml"
+)
+
+// contact is how to get into a job's guest: what prepare found out and every
+// sub-stage needs. Only a guest that shows this host key is the job's.
+type contact struct {
+	// Address is the SSH server's, host:port.
+	Address string `json:"address"`
+	// HostKey is in authorized_keys format.
+	HostKey string `json:"host_key"`
+}
+
+// contactFile is kept in the job's temporary folder on the host, which GitLab
+// Runner makes for one attempt, lets nobody else read, and removes after
+// cleanup. With it, run needs no libvirtd.
+const contactFile = "libvirt-driver-guest.json"
+
+func (s *Stage) contactPath() string {
+	return filepath.Join(filepath.Dir(s.Environment.JobResponseFile), contactFile)
+}
+
+// handOver leaves the contact for the sub-stages: in the job's temporary folder
+// and, for people and other calls, in the domain's metadata.
+func (s *Stage) handOver(ctx context.Context, m machine, c contact) error {
+	metadata := m.metadata()
+	metadata.Address, metadata.HostKey = c.Address, c.HostKey
+	text, err := metadata.Element()
+	if err != nil {
+		return err
+	}
+	if err := s.Hypervisor.SetMetadata(ctx, m.name, domainxml.Namespace, domainxml.NamespacePrefix, text); err != nil {
+		return err
+	}
+	doc, err := json.Marshal(c)
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(s.contactPath(), doc, 0o600); err != nil {
+		return fmt.Errorf("hand the guest's address over to the job's sub-stages: %w", err)
+	}
+	return nil
+}
+
+// contact returns what prepare handed over.
+func (s *Stage) contact(ctx context.Context, m machine) (contact, error) {
+	doc, err := os.ReadFile(s.contactPath())
+	if err == nil {
+		var c contact
+		if err := json.Unmarshal(doc, &c); err != nil {
+			return c, fmt.Errorf("%s: %w", s.contactPath(), err)
+		}
+		return c, nil
+	}
+	if !errors.Is(err, fs.ErrNotExist) {
+		return contact{}, err
+	}
+	text, found, err := s.Hypervisor.Metadata(ctx, m.name, domainxml.Namespace)
+	if err != nil {
+		return contact{}, err
+	}
+	if !found {
+		return contact{}, fmt.Errorf("the job's machine %s does not exist: was it prepared?", m.name)
+	}
+	metadata, err := domainxml.ParseMetadata(text)
+	if err != nil || metadata.Address == "" || metadata.HostKey == "" {
+		return contact{}, fmt.Errorf("the job's machine %s was not prepared to its end", m.name)
+	}
+	return contact{Address: metadata.Address, HostKey: metadata.HostKey}, nil
+}

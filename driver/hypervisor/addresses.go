@@ -1,0 +1,144 @@
+package hypervisor
+
+import (
+	"cmp"
+	"context"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/digitalocean/go-libvirt"
+	"libvirt.org/go/libvirtxml"
+)
+
+// Lease is an address that a network's DHCP server has lent to a guest.
+type Lease struct {
+	Address netip.Addr
+	// Expiry is when the lease ends, to the second.
+	Expiry time.Time
+}
+
+// Leases returns the unexpired leases of a MAC address on a network: those of
+// IPv4 first, the newest first. A MAC can have several, since leases outlive
+// guests.
+//
+// https://libvirt.org/html/libvirt-libvirt-network.html#virNetworkGetDHCPLeases
+func (c *Connection) Leases(ctx context.Context, network, mac string) ([]Lease, error) {
+	var reply []libvirt.NetworkDhcpLease
+	err := c.do(ctx, func(rpc *libvirt.Libvirt) error {
+		n, err := rpc.NetworkLookupByName(network)
+		if err != nil {
+			return err
+		}
+		reply, _, err = rpc.NetworkGetDhcpLeases(n, libvirt.OptString{mac}, 1, 0)
+		return err
+	})
+	if err != nil {
+		return nil, wrap(err, "read leases of %s on network %s", mac, network)
+	}
+	return leases(reply, time.Now()), nil
+}
+
+func leases(reply []libvirt.NetworkDhcpLease, now time.Time) []Lease {
+	var found []Lease
+	for _, l := range reply {
+		address, err := netip.ParseAddr(l.Ipaddr)
+		expiry := time.Unix(l.Expirytime, 0)
+		// An expiry of 0 is a lease without end.
+		if err != nil || l.Expirytime != 0 && !expiry.After(now) {
+			continue
+		}
+		found = append(found, Lease{address, expiry})
+	}
+	slices.SortStableFunc(found, func(a, b Lease) int {
+		if a.Address.Is4() != b.Address.Is4() {
+			if a.Address.Is4() {
+				return -1
+			}
+			return 1
+		}
+		return cmp.Compare(b.Expiry.Unix(), a.Expiry.Unix())
+	})
+	return found
+}
+
+// AddressSource is whom libvirt asks for a guest's addresses.
+type AddressSource uint32
+
+// See https://libvirt.org/html/libvirt-libvirt-domain.html#virDomainInterfaceAddressesSource.
+const (
+	// Agent asks the guest agent, inside the guest.
+	Agent = AddressSource(libvirt.DomainInterfaceAddressesSrcAgent)
+	// ARP asks the host's own ARP table.
+	ARP = AddressSource(libvirt.DomainInterfaceAddressesSrcArp)
+)
+
+// Addresses returns the addresses of the domain's interface with that MAC, as
+// source tells them: those of IPv4 first, none that are only good on the link.
+// A guest agent that is not up yet has none.
+//
+// https://libvirt.org/html/libvirt-libvirt-domain.html#virDomainInterfaceAddresses
+func (c *Connection) Addresses(ctx context.Context, domain, mac string, source AddressSource) ([]netip.Addr, error) {
+	var reply []libvirt.DomainInterface
+	err := c.domain(ctx, domain, func(rpc *libvirt.Libvirt, d libvirt.Domain) (err error) {
+		reply, err = rpc.DomainInterfaceAddresses(d, uint32(source), 0)
+		return err
+	})
+	if is(err, libvirt.ErrAgentUnresponsive) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, wrap(err, "read addresses of domain %s", domain)
+	}
+	var found []netip.Addr
+	for _, nic := range reply {
+		if len(nic.Hwaddr) == 0 || nic.Hwaddr[0] != mac {
+			continue
+		}
+		for _, a := range nic.Addrs {
+			address, err := netip.ParseAddr(a.Addr)
+			if err == nil && !address.IsLoopback() && !address.IsLinkLocalUnicast() {
+				found = append(found, address)
+			}
+		}
+	}
+	slices.SortStableFunc(found, func(a, b netip.Addr) int { return cmp.Compare(a.BitLen(), b.BitLen()) })
+	return found, nil
+}
+
+// KeepsLeases reports whether a network hands out addresses itself, so that
+// Leases can know them. ErrNotFound when there is no such network, ErrInactive
+// when it is not running.
+//
+// https://libvirt.org/formatnetwork.html#addressing
+func (c *Connection) KeepsLeases(ctx context.Context, network string) (bool, error) {
+	var text string
+	err := c.do(ctx, func(rpc *libvirt.Libvirt) error {
+		n, err := rpc.NetworkLookupByName(network)
+		if err != nil {
+			return err
+		}
+		active, err := rpc.NetworkIsActive(n)
+		if err != nil {
+			return err
+		}
+		if active == 0 {
+			return ErrInactive
+		}
+		text, err = rpc.NetworkGetXMLDesc(n, 0)
+		return err
+	})
+	if err != nil {
+		return false, wrap(err, "network %s", network)
+	}
+	var doc libvirtxml.Network
+	if err := doc.Unmarshal(text); err != nil {
+		return false, wrap(err, "read XML of network %s", network)
+	}
+	for _, ip := range doc.IPs {
+		if ip.DHCP != nil && len(ip.DHCP.Ranges)+len(ip.DHCP.Hosts) > 0 {
+			return true, nil
+		}
+	}
+	return false, nil
+}

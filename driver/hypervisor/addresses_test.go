@@ -1,0 +1,29 @@
+package hypervisor
+
+import (
+	"testing"
+	"time"
+
+	"github.com/digitalocean/go-libvirt"
+)
+
+func TestLeasesNewestUnexpiredFirst(t *testing.T) {
+	now := time.Unix(1000, 0)
+	got := ""
+	for _, l := range leases([]libvirt.NetworkDhcpLease{
+		{Ipaddr: "192.0.2.1", Expirytime: 999},
+		{Ipaddr: "192.0.2.2", Expirytime: 1000},
+		{Ipaddr: "2001:db8::1", Expirytime: 9000},
+		{Ipaddr: "192.0.2.3", Expirytime: 1001},
+		{Ipaddr: "no address", Expirytime: 5000},
+		{Ipaddr: "192.0.2.4", Expirytime: 2000},
+	}, now) {
+		got += l.Address.String() + " "
+	}
+	if want := "192.0.2.4 192.0.2.3 2001:db8::1 "; got != want {
+		t.Errorf("got %s, want %s", got, want)
+	}
+	if l := leases([]libvirt.NetworkDhcpLease{{Ipaddr: "192.0.2.9"}}, now); len(l) != 1 {
+		t.Errorf("a lease without end does not count")
+	}
+}

@@ -1,0 +1,125 @@
+package hypervisor
+
+import (
+	"context"
+	"fmt"
+	"slices"
+
+	"github.com/digitalocean/go-libvirt"
+	"libvirt.org/go/libvirtxml"
+)
+
+// Capabilities is what the host can offer to a guest of its own architecture.
+type Capabilities struct {
+	// VirtType is "kvm", or "qemu" for emulation.
+	VirtType string
+	// Arch is libvirt's name of the host's architecture.
+	Arch string
+	// MachineType is the machine type to use.
+	MachineType string
+	// HostPassthrough and MaximumCPU tell whether these CPU modes work.
+	HostPassthrough, MaximumCPU bool
+}
+
+// modern is each architecture's machine type that QEMU develops for virtual
+// machines. Where the host has none of it, QEMU's own default is taken.
+var modern = map[string]string{
+	"x86_64":  "q35",
+	"aarch64": "virt",
+	"riscv64": "virt",
+	"ppc64le": "pseries",
+	"s390x":   "s390-ccw-virtio",
+}
+
+// Capabilities asks what the host offers for a virtualisation type, "kvm" or
+// "qemu"; with "auto", for KVM where the host has it. machine overrides the
+// machine type unless empty.
+//
+// https://libvirt.org/formatcaps.html
+// https://libvirt.org/formatdomaincaps.html
+func (c *Connection) Capabilities(ctx context.Context, virtType, machine string) (Capabilities, error) {
+	var hostText string
+	err := c.do(ctx, func(rpc *libvirt.Libvirt) (err error) {
+		hostText, err = rpc.ConnectGetCapabilities()
+		return err
+	})
+	if err != nil {
+		return Capabilities{}, wrap(err, "read the host's capabilities")
+	}
+	caps, err := choose(hostText, virtType, machine)
+	if err != nil {
+		return Capabilities{}, err
+	}
+	var text string
+	err = c.do(ctx, func(rpc *libvirt.Libvirt) (err error) {
+		text, err = rpc.ConnectGetDomainCapabilities(nil, libvirt.OptString{caps.Arch}, optional(caps.MachineType),
+			libvirt.OptString{caps.VirtType}, 0)
+		return err
+	})
+	if err != nil {
+		return caps, wrap(err, "read the host's capabilities for %s guests of type %s, machine %q", caps.Arch, caps.VirtType, caps.MachineType)
+	}
+	var doc libvirtxml.DomainCaps
+	if err := doc.Unmarshal(text); err != nil {
+		return caps, fmt.Errorf("read the host's domain capabilities: %w", err)
+	}
+	if caps.MachineType == "" {
+		caps.MachineType = doc.Machine
+	}
+	if doc.CPU != nil {
+		for _, mode := range doc.CPU.Modes {
+			switch mode.Name {
+			case "host-passthrough":
+				caps.HostPassthrough = mode.Supported == "yes"
+			case "maximum":
+				caps.MaximumCPU = mode.Supported == "yes"
+			}
+		}
+	}
+	return caps, nil
+}
+
+// choose picks architecture, virtualisation type and machine type from the
+// host's capabilities document. The machine type is empty for QEMU's default.
+func choose(text, virtType, machine string) (Capabilities, error) {
+	var host libvirtxml.Caps
+	if err := host.Unmarshal(text); err != nil {
+		return Capabilities{}, fmt.Errorf("read the host's capabilities: %w", err)
+	}
+	caps := Capabilities{VirtType: virtType, Arch: host.Host.CPU.Arch, MachineType: machine}
+	for _, guest := range host.Guests {
+		if guest.Arch.Name != caps.Arch || guest.OSType != "hvm" {
+			continue
+		}
+		var types, machines []string
+		for _, m := range guest.Arch.Machines {
+			machines = append(machines, m.Name)
+		}
+		for _, d := range guest.Arch.Domains {
+			types = append(types, d.Type)
+			for _, m := range d.Machines {
+				machines = append(machines, m.Name)
+			}
+		}
+		switch {
+		case virtType == "auto" && slices.Contains(types, "kvm"):
+			caps.VirtType = "kvm"
+		case virtType == "auto":
+			caps.VirtType = "qemu"
+		case !slices.Contains(types, virtType):
+			return caps, fmt.Errorf("the host cannot run guests of type %s (it can: %v): see virt-host-validate, or set virt_type to auto", virtType, types)
+		}
+		if best := modern[caps.Arch]; caps.MachineType == "" && slices.Contains(machines, best) {
+			caps.MachineType = best
+		}
+		return caps, nil
+	}
+	return caps, fmt.Errorf("the host has no emulator for its own architecture %s: install QEMU for it", caps.Arch)
+}
+
+func optional(text string) libvirt.OptString {
+	if text == "" {
+		return nil
+	}
+	return libvirt.OptString{text}
+}

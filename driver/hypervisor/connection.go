@@ -1,0 +1,201 @@
+// Package hypervisor is the driver's libvirt: one connection to libvirtd over
+// its UNIX socket, and on it the few things that a job's machine takes:
+// volumes, domains, addresses, events.
+//
+// Every method obeys its context, whatever libvirtd does: libvirt's protocol
+// has no time-outs of its own, so at the context's end the connection is
+// closed under the call, a moment later. Every method is also safe to repeat, and is repeated
+// when libvirtd goes away in the middle and comes back.
+package hypervisor
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/digitalocean/go-libvirt"
+	"github.com/digitalocean/go-libvirt/socket/dialers"
+)
+
+// Patience is how long a call waits for a libvirtd that is away, as during a
+// restart or an upgrade, before it gives up. The context may end it sooner.
+const Patience = 30 * time.Second
+
+// Grace is how long a call that libvirtd is at work on may still take after its
+// context has ended, so that no machine appears behind the back of the cleanup
+// that follows.
+const Grace = 3 * time.Second
+
+// Sockets are where libvirtd is looked for when no socket is named: the
+// monolithic daemon's (or virtproxyd's in its place), then the modular QEMU
+// daemon's, which reaches storage and networks for its clients. See
+// https://libvirt.org/daemons.html.
+var Sockets = []string{"/var/run/libvirt/libvirt-sock", "/var/run/libvirt/virtqemud-sock"}
+
+// Connection is a connection to libvirtd that is made when it is first needed
+// and made again when it is lost. It is safe for concurrent use.
+type Connection struct {
+	uri, socket string
+	patience    time.Duration
+	grace       time.Duration
+
+	mu      sync.Mutex
+	current *session
+}
+
+// session is one connection of Connection's life.
+type session struct {
+	rpc  *libvirt.Libvirt
+	conn net.Conn
+}
+
+// New returns a Connection to the hypervisor of uri, such as
+// "qemu:///system", behind the UNIX socket at path; with an empty path, behind
+// the first of Sockets that exists. Nothing is dialled yet.
+func New(uri, path string) *Connection {
+	return &Connection{uri: uri, socket: path, patience: Patience, grace: Grace}
+}
+
+// Close closes the connection, at once: libvirtd needs no farewell.
+func (c *Connection) Close() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.current != nil {
+		c.current.conn.Close()
+		c.current = nil
+	}
+}
+
+// do runs call on a live connection, and again on a new one while libvirtd is
+// away, for as long as ctx and c.patience allow. So call must be repeatable.
+func (c *Connection) do(ctx context.Context, call func(*libvirt.Libvirt) error) error {
+	var away time.Time
+	pause := 20 * time.Millisecond
+	for {
+		err := c.once(ctx, call)
+		if err == nil || !errors.Is(err, ErrUnreachable) {
+			return err
+		}
+		if away.IsZero() {
+			away = time.Now()
+		}
+		if waited := time.Since(away); waited >= c.patience {
+			return fmt.Errorf("%w (waited %v for it)", err, waited.Round(time.Second))
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("%w: %w", context.Cause(ctx), err)
+		case <-time.After(pause):
+			pause = min(2*pause, time.Second)
+		}
+	}
+}
+
+func (c *Connection) once(ctx context.Context, call func(*libvirt.Libvirt) error) error {
+	s, err := c.session(ctx)
+	if err != nil {
+		return err
+	}
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	answered := make(chan struct{})
+	defer close(answered)
+	stop := context.AfterFunc(ctx, func() {
+		select {
+		case <-answered:
+		case <-time.After(c.grace):
+			s.conn.Close()
+		}
+	})
+	defer stop()
+	err = call(s.rpc)
+	switch {
+	case err == nil || !lost(err):
+		return err
+	case ctx.Err() != nil:
+		c.forget(s)
+		return fmt.Errorf("libvirtd did not answer: %w", context.Cause(ctx))
+	default:
+		c.forget(s)
+		return fmt.Errorf("%w: it closed the connection: %w", ErrUnreachable, err)
+	}
+}
+
+// session returns the current session, or dials one.
+func (c *Connection) session(ctx context.Context) (*session, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.current != nil {
+		return c.current, nil
+	}
+	path := c.path()
+	conn, err := new(net.Dialer).DialContext(ctx, "unix", path)
+	switch {
+	case errors.Is(err, fs.ErrPermission):
+		return nil, fmt.Errorf("connect to libvirtd: %w: run the driver as root or as a member of the group that owns %s", err, path)
+	case err != nil && ctx.Err() == nil:
+		return nil, fmt.Errorf("%w: %w: is libvirtd running? (systemctl start libvirtd)", ErrUnreachable, err)
+	case err != nil:
+		return nil, fmt.Errorf("connect to libvirtd: %w", context.Cause(ctx))
+	}
+	stop := context.AfterFunc(ctx, func() { conn.Close() })
+	defer stop()
+	rpc := libvirt.NewWithDialer(dialers.NewAlreadyConnected(&framedConn{Conn: conn}))
+	if err := rpc.ConnectToURI(libvirt.ConnectURI(c.uri)); err != nil {
+		conn.Close()
+		switch {
+		case ctx.Err() != nil:
+			return nil, fmt.Errorf("libvirtd at %s did not answer: %w", path, context.Cause(ctx))
+		case lost(err):
+			return nil, fmt.Errorf("%w: it closed the connection at %s: %w", ErrUnreachable, path, err)
+		}
+		return nil, fmt.Errorf("open %s through %s: %w", c.uri, path, err)
+	}
+	c.current = &session{rpc: rpc, conn: conn}
+	return c.current, nil
+}
+
+// path returns the socket to dial.
+func (c *Connection) path() string {
+	if c.socket != "" {
+		return c.socket
+	}
+	for _, path := range Sockets {
+		if _, err := os.Stat(path); err == nil {
+			return filepath.Clean(path)
+		}
+	}
+	return Sockets[0]
+}
+
+// forget drops a session that has been lost.
+func (c *Connection) forget(s *session) {
+	s.conn.Close()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.current == s {
+		c.current = nil
+	}
+}
+
+// lost reports whether a call failed because its connection did. EINVAL is
+// what go-libvirt returns for a call on a closed connection.
+func lost(err error) bool {
+	for _, target := range []error{
+		libvirt.ErrInterrupted, syscall.EINVAL, syscall.EPIPE, syscall.ECONNRESET, net.ErrClosed, io.EOF, io.ErrUnexpectedEOF,
+	} {
+		if errors.Is(err, target) {
+			return true
+		}
+	}
+	return false
+}

@@ -1,0 +1,131 @@
+package hypervisor
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// daemon listens where libvirtd would and treats each connection as told. It
+// stands for what no real libvirtd can be made to do.
+func daemon(t *testing.T, treat func(net.Conn)) *Connection {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "sock")
+	listener, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { listener.Close() })
+	go func() {
+		for {
+			conn, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			t.Cleanup(func() { conn.Close() })
+			go treat(conn)
+		}
+	}()
+	return short(New("qemu:///system", path))
+}
+
+// short shortens the waits that are constants of the product.
+func short(c *Connection) *Connection {
+	c.patience, c.grace = 200*time.Millisecond, 50*time.Millisecond
+	return c
+}
+
+// within fails the test when call takes longer than a few seconds.
+func within(t *testing.T, call func() error) error {
+	t.Helper()
+	done := make(chan error, 1)
+	go func() { done <- call() }()
+	select {
+	case err := <-done:
+		return err
+	case <-time.After(10 * time.Second):
+		t.Fatal("hangs")
+		return nil
+	}
+}
+
+func TestSilentDaemonIsLeftAtTheDeadline(t *testing.T) {
+	c := daemon(t, func(net.Conn) {})
+	told := errors.New("stage is over")
+	ctx, cancel := context.WithTimeoutCause(context.Background(), 100*time.Millisecond, told)
+	defer cancel()
+	err := within(t, func() error { _, err := c.State(ctx, "machine"); return err })
+	if !errors.Is(err, told) || !strings.Contains(err.Error(), "did not answer") || !strings.Contains(err.Error(), "machine") {
+		t.Errorf("error: %v", err)
+	}
+}
+
+func TestDaemonThatHangsUpIsTriedAgainThenUnreachable(t *testing.T) {
+	calls := make(chan struct{}, 1000)
+	c := daemon(t, func(conn net.Conn) { calls <- struct{}{}; conn.Close() })
+	err := within(t, func() error { _, err := c.State(context.Background(), "machine"); return err })
+	if !errors.Is(err, ErrUnreachable) {
+		t.Errorf("error: %v", err)
+	}
+	if len(calls) < 2 {
+		t.Errorf("dialled %d times", len(calls))
+	}
+}
+
+// A length below a header's makes go-libvirt panic, a huge one allocate it.
+func TestImpossiblePacketsCloseTheConnection(t *testing.T) {
+	for _, length := range []uint32{0, 4, 27, maxPacket + 1, 1<<32 - 1} {
+		c := daemon(t, func(conn net.Conn) {
+			conn.Write(binary.BigEndian.AppendUint32(nil, length))
+		})
+		err := within(t, func() error { _, err := c.State(context.Background(), "machine"); return err })
+		if !errors.Is(err, ErrUnreachable) {
+			t.Errorf("length %d: error: %v", length, err)
+		}
+	}
+}
+
+func TestTornPacketEndsAtTheDeadline(t *testing.T) {
+	c := daemon(t, func(conn net.Conn) {
+		conn.Write(binary.BigEndian.AppendUint32(nil, 100))
+		conn.Write([]byte("torn"))
+	})
+	ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
+	defer cancel()
+	err := within(t, func() error { _, err := c.State(ctx, "machine"); return err })
+	if !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("error: %v", err)
+	}
+}
+
+func TestNoDaemonIsSaidWithARemedy(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "sock")
+	c := short(New("qemu:///system", path))
+	err := within(t, func() error { _, err := c.State(context.Background(), "machine"); return err })
+	if !errors.Is(err, ErrUnreachable) || !strings.Contains(err.Error(), path) || !strings.Contains(err.Error(), "systemctl start") {
+		t.Errorf("error: %v", err)
+	}
+}
+
+func TestSocketIsTheFirstThatExists(t *testing.T) {
+	saved := Sockets
+	defer func() { Sockets = saved }()
+	dir := t.TempDir()
+	Sockets = []string{filepath.Join(dir, "libvirt-sock"), filepath.Join(dir, "virtqemud-sock")}
+	c := New("qemu:///system", "")
+	if got := c.path(); got != Sockets[0] {
+		t.Errorf("with none: %s", got)
+	}
+	if err := os.WriteFile(Sockets[1], nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got := c.path(); got != Sockets[1] {
+		t.Errorf("with the modular daemon's alone: %s", got)
+	}
+}

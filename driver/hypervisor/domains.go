@@ -1,0 +1,170 @@
+package hypervisor
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/digitalocean/go-libvirt"
+)
+
+// DefineDomain defines a domain from its XML, or defines it anew.
+//
+// https://libvirt.org/html/libvirt-libvirt-domain.html#virDomainDefineXMLFlags
+func (c *Connection) DefineDomain(ctx context.Context, name, xml string) error {
+	return wrap(c.do(ctx, func(rpc *libvirt.Libvirt) error {
+		_, err := rpc.DomainDefineXMLFlags(xml, 0)
+		return err
+	}), "define domain %s", name)
+}
+
+// StartDomain starts a defined domain. One that runs is left as it is.
+//
+// https://libvirt.org/html/libvirt-libvirt-domain.html#virDomainCreateWithFlags
+func (c *Connection) StartDomain(ctx context.Context, name string) error {
+	return wrap(c.domain(ctx, name, func(rpc *libvirt.Libvirt, domain libvirt.Domain) error {
+		state, _, err := rpc.DomainGetState(domain, 0)
+		if err != nil || libvirt.DomainState(state) == libvirt.DomainRunning {
+			return err
+		}
+		_, err = rpc.DomainCreateWithFlags(domain, 0)
+		return err
+	}), "start domain %s", name)
+}
+
+// DestroyDomain ends a domain at once, as pulling the plug does. A domain that
+// does not run, or is not there, is left as it is.
+//
+// https://libvirt.org/html/libvirt-libvirt-domain.html#virDomainDestroyFlags
+func (c *Connection) DestroyDomain(ctx context.Context, name string) error {
+	err := c.domain(ctx, name, func(rpc *libvirt.Libvirt, domain libvirt.Domain) error {
+		return rpc.DomainDestroyFlags(domain, 0)
+	})
+	if is(err, libvirt.ErrNoDomain) || is(err, libvirt.ErrOperationInvalid) {
+		return nil
+	}
+	return wrap(err, "destroy domain %s", name)
+}
+
+// UndefineDomain removes a domain's definition, and with it the NVRAM, the
+// saved state and what libvirt knows of snapshots and checkpoints. A domain
+// that is not there is no error.
+//
+// https://libvirt.org/html/libvirt-libvirt-domain.html#virDomainUndefineFlags
+func (c *Connection) UndefineDomain(ctx context.Context, name string) error {
+	const everything = libvirt.DomainUndefineManagedSave | libvirt.DomainUndefineSnapshotsMetadata |
+		libvirt.DomainUndefineCheckpointsMetadata | libvirt.DomainUndefineNvram
+	err := c.domain(ctx, name, func(rpc *libvirt.Libvirt, domain libvirt.Domain) error {
+		return rpc.DomainUndefineFlags(domain, everything)
+	})
+	if is(err, libvirt.ErrNoDomain) {
+		return nil
+	}
+	return wrap(err, "undefine domain %s", name)
+}
+
+// Metadata returns the element that a domain carries in namespace, without
+// the namespace. found tells whether the domain exists; the text is empty when
+// it carries none.
+//
+// https://libvirt.org/html/libvirt-libvirt-domain.html#virDomainGetMetadata
+func (c *Connection) Metadata(ctx context.Context, name, namespace string) (text string, found bool, err error) {
+	err = c.domain(ctx, name, func(rpc *libvirt.Libvirt, domain libvirt.Domain) error {
+		text, err = rpc.DomainGetMetadata(domain, int32(libvirt.DomainMetadataElement), libvirt.OptString{namespace}, libvirt.DomainAffectCurrent)
+		return err
+	})
+	switch {
+	case is(err, libvirt.ErrNoDomain):
+		return "", false, nil
+	case is(err, libvirt.ErrNoDomainMetadata):
+		return "", true, nil
+	}
+	return text, err == nil, wrap(err, "read metadata of domain %s", name)
+}
+
+// SetMetadata replaces the element that a running domain carries in namespace,
+// for this run and for its definition.
+//
+// https://libvirt.org/html/libvirt-libvirt-domain.html#virDomainSetMetadata
+func (c *Connection) SetMetadata(ctx context.Context, name, namespace, prefix, text string) error {
+	return wrap(c.domain(ctx, name, func(rpc *libvirt.Libvirt, domain libvirt.Domain) error {
+		return rpc.DomainSetMetadata(domain, int32(libvirt.DomainMetadataElement), libvirt.OptString{text},
+			libvirt.OptString{prefix}, libvirt.OptString{namespace}, libvirt.DomainAffectLive|libvirt.DomainAffectConfig)
+	}), "write metadata of domain %s", name)
+}
+
+// State returns what state a domain is in.
+//
+// https://libvirt.org/html/libvirt-libvirt-domain.html#virDomainGetState
+func (c *Connection) State(ctx context.Context, name string) (State, error) {
+	var s State
+	err := c.domain(ctx, name, func(rpc *libvirt.Libvirt, domain libvirt.Domain) error {
+		state, reason, err := rpc.DomainGetState(domain, 0)
+		s = newState(libvirt.DomainState(state), reason)
+		return err
+	})
+	if is(err, libvirt.ErrNoDomain) {
+		return State{Kind: Gone}, nil
+	}
+	return s, wrap(err, "read state of domain %s", name)
+}
+
+// Watch returns when done says so of the domain's state, with that state: at
+// once, or when libvirt's events tell of a change. It follows the domain
+// across restarts of libvirtd, and returns an error only when ctx ends or
+// libvirtd stays away.
+//
+// https://libvirt.org/html/libvirt-libvirt-domain.html#virDomainEventID
+func (c *Connection) Watch(ctx context.Context, name string, done func(State) bool) (State, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	for {
+		var events <-chan libvirt.DomainEventLifecycleMsg
+		err := c.do(ctx, func(rpc *libvirt.Libvirt) (err error) {
+			events, err = rpc.LifecycleEvents(ctx)
+			return err
+		})
+		if err != nil {
+			return State{}, wrap(err, "watch domain %s", name)
+		}
+		// Events come from now on; what came before them is in the state.
+		for live := true; live; {
+			state, err := c.State(ctx, name)
+			if err != nil || done(state) {
+				go drain(events)
+				return state, err
+			}
+			live = next(events, name)
+		}
+		if ctx.Err() != nil {
+			return State{}, fmt.Errorf("watch domain %s: %w", name, context.Cause(ctx))
+		}
+	}
+}
+
+// next waits for an event of the domain and reports whether one came before
+// the stream ended, as it does when the connection or the context does.
+func next(events <-chan libvirt.DomainEventLifecycleMsg, name string) bool {
+	for event := range events {
+		if event.Dom.Name == name {
+			return true
+		}
+	}
+	return false
+}
+
+// drain lets go-libvirt's sender end: it does not give up on a reader.
+func drain(events <-chan libvirt.DomainEventLifecycleMsg) {
+	for range events {
+	}
+}
+
+// domain runs call on the domain of that name. Its errors are libvirt's own.
+func (c *Connection) domain(ctx context.Context, name string, call func(*libvirt.Libvirt, libvirt.Domain) error) error {
+	return c.do(ctx, func(rpc *libvirt.Libvirt) error {
+		domain, err := rpc.DomainLookupByName(name)
+		if err != nil {
+			return err
+		}
+		return call(rpc, domain)
+	})
+}

@@ -1,0 +1,119 @@
+package hypervisor
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/digitalocean/go-libvirt"
+	"libvirt.org/go/libvirtxml"
+)
+
+// Volume is a volume of a storage pool.
+type Volume struct {
+	Pool, Name string
+	// Path is the volume's file on the host.
+	Path string
+	// Capacity is what a guest sees, in bytes.
+	Capacity uint64
+}
+
+// Volume looks a volume up by name. A pool that does not know it is refreshed
+// first, since a file that was put there by other means than libvirt appears
+// only then. ErrNotFound when the pool or the volume is not there, ErrInactive
+// when the pool is not running.
+//
+// https://libvirt.org/html/libvirt-libvirt-storage.html#virStorageVolLookupByName
+func (c *Connection) Volume(ctx context.Context, pool, name string) (Volume, error) {
+	v := Volume{Pool: pool, Name: name}
+	err := c.do(ctx, func(rpc *libvirt.Libvirt) error {
+		p, err := rpc.StoragePoolLookupByName(pool)
+		if err != nil {
+			return err
+		}
+		vol, err := rpc.StorageVolLookupByName(p, name)
+		if is(err, libvirt.ErrNoStorageVol) {
+			if err := rpc.StoragePoolRefresh(p, 0); err != nil {
+				return err
+			}
+			vol, err = rpc.StorageVolLookupByName(p, name)
+		}
+		if err != nil {
+			return err
+		}
+		if v.Path, err = rpc.StorageVolGetPath(vol); err != nil {
+			return err
+		}
+		_, v.Capacity, _, err = rpc.StorageVolGetInfo(vol)
+		return err
+	})
+	return v, wrap(err, "volume %s in pool %s", name, pool)
+}
+
+// CreateOverlay creates an empty qcow2 volume in base's pool that shows base,
+// a volume of the given format, and grows it to capacity bytes where that is
+// more than base has. A volume of that name that is already there is replaced:
+// whoever calls this owns the name.
+//
+// https://libvirt.org/formatstorage.html#backing-store-elements
+func (c *Connection) CreateOverlay(ctx context.Context, name string, base Volume, format string, capacity uint64) (Volume, error) {
+	v := Volume{Pool: base.Pool, Name: name, Capacity: max(capacity, base.Capacity)}
+	doc := libvirtxml.StorageVolume{
+		Name:     name,
+		Capacity: &libvirtxml.StorageVolumeSize{Unit: "bytes", Value: v.Capacity},
+		Target:   &libvirtxml.StorageVolumeTarget{Format: &libvirtxml.StorageVolumeTargetFormat{Type: "qcow2"}},
+		BackingStore: &libvirtxml.StorageVolumeBackingStore{
+			Path:   base.Path,
+			Format: &libvirtxml.StorageVolumeTargetFormat{Type: format},
+		},
+	}
+	text, err := doc.Marshal()
+	if err != nil {
+		return v, fmt.Errorf("write volume XML of %s: %w", name, err)
+	}
+	err = c.do(ctx, func(rpc *libvirt.Libvirt) error {
+		p, err := rpc.StoragePoolLookupByName(base.Pool)
+		if err != nil {
+			return err
+		}
+		vol, err := rpc.StorageVolCreateXML(p, text, 0)
+		if is(err, libvirt.ErrStorageVolExist) {
+			if vol, err = rpc.StorageVolLookupByName(p, name); err != nil {
+				return err
+			}
+			if err := rpc.StorageVolDelete(vol, 0); err != nil {
+				return err
+			}
+			vol, err = rpc.StorageVolCreateXML(p, text, 0)
+		}
+		if err != nil {
+			return err
+		}
+		v.Path, err = rpc.StorageVolGetPath(vol)
+		return err
+	})
+	return v, wrap(err, "create volume %s on %s in pool %s", name, base.Name, base.Pool)
+}
+
+// DeleteVolume deletes a volume and reports whether there was one. A pool that
+// does not exist has none.
+//
+// https://libvirt.org/html/libvirt-libvirt-storage.html#virStorageVolDelete
+func (c *Connection) DeleteVolume(ctx context.Context, pool, name string) (bool, error) {
+	found := false
+	err := c.do(ctx, func(rpc *libvirt.Libvirt) error {
+		p, err := rpc.StoragePoolLookupByName(pool)
+		if err != nil {
+			return err
+		}
+		vol, err := rpc.StorageVolLookupByName(p, name)
+		if err != nil {
+			return err
+		}
+		found = true
+		return rpc.StorageVolDelete(vol, 0)
+	})
+	if is(err, libvirt.ErrNoStoragePool) || is(err, libvirt.ErrNoStorageVol) {
+		return found, nil
+	}
+	return found, wrap(err, "delete volume %s from pool %s", name, pool)
+}

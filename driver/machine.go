@@ -1,0 +1,107 @@
+package driver
+
+import (
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"strings"
+
+	"libvirt-driver/driver/gitlab"
+	"libvirt-driver/driver/settings"
+)
+
+// The variables that config passes on to later stages. They carry no
+// CUSTOM_ENV_ prefix, so that a job cannot forge them.
+const (
+	passedMachine = "LIBVIRT_DRIVER_MACHINE"
+	passedImage   = "LIBVIRT_DRIVER_IMAGE"
+)
+
+// machine is the job's machine as planned: all of it follows from the job and
+// the settings, so that every stage can work it out again.
+type machine struct {
+	job  gitlab.Job
+	name string
+	// image is what the machine is made of, sized as the job asked.
+	image settings.Image
+	// volume is the overlay's name.
+	volume string
+	mac    string
+}
+
+// plan works out the job's machine.
+func (s *Stage) plan() (machine, error) {
+	job, err := s.identify()
+	if err != nil {
+		return machine{}, err
+	}
+	wanted := job.Image
+	if passed := s.Environment.Passed(passedImage); passed != "" {
+		wanted = passed
+	}
+	image, err := s.Settings.Image(wanted)
+	if err != nil {
+		return machine{}, &gitlab.BuildError{Err: err}
+	}
+	image, err = image.Resize(settings.Size{
+		VCPUs:  s.Environment.JobVariable("LIBVIRT_DRIVER_VCPUS"),
+		Memory: s.Environment.JobVariable("LIBVIRT_DRIVER_MEMORY"),
+		Disk:   s.Environment.JobVariable("LIBVIRT_DRIVER_DISK"),
+	})
+	if err != nil {
+		return machine{}, &gitlab.BuildError{Err: fmt.Errorf("job variable LIBVIRT_DRIVER_%s: %w", field(err), err)}
+	}
+	name := job.Machine()
+	return machine{job: job, name: name, image: image, volume: volumeName(name), mac: macAddress(name)}, nil
+}
+
+// field returns which part of its machine's size a job cannot have.
+func field(err error) string {
+	var limit *settings.LimitError
+	var value *settings.ValueError
+	switch {
+	case errors.As(err, &limit):
+		return strings.ToUpper(limit.Field)
+	case errors.As(err, &value):
+		return strings.ToUpper(value.Field)
+	}
+	return "*"
+}
+
+// identify says which job this is, and refuses when config said otherwise.
+func (s *Stage) identify() (gitlab.Job, error) {
+	job, err := s.Environment.Job()
+	if err != nil {
+		return job, err
+	}
+	if passed := s.Environment.Passed(passedMachine); passed != "" && passed != job.Machine() {
+		return job, &gitlab.BuildError{Err: fmt.Errorf(
+			"the job was %s in its config stage and says now that it is %s: remove CI_RUNNER_ID and CI_CONCURRENT_PROJECT_ID from the job's variables",
+			passed, job.Machine())}
+	}
+	return job, nil
+}
+
+// volumeName returns the name of a machine's overlay.
+func volumeName(machine string) string { return machine + ".qcow2" }
+
+// macAddress returns a machine's MAC address. It follows from the name, so that
+// a second attempt at the same job does not take a second lease. 52:54 begins
+// the range that QEMU uses, locally administered and unicast; the other 32 bits
+// keep any two machines of a host apart.
+func macAddress(machine string) string {
+	sum := sha256.Sum256([]byte(machine))
+	return fmt.Sprintf("52:54:%02x:%02x:%02x:%02x", sum[0], sum[1], sum[2], sum[3])
+}
+
+// consoleLog returns the host's file with what a guest wrote to its serial
+// console.
+func (s *Stage) consoleLog(machine string) string {
+	return filepath.Join(s.Settings.LogDir, machine+"-console.log")
+}
+
+// qemuLog returns the host's file in which libvirt itself logs a machine's QEMU.
+func qemuLog(machine string) string {
+	return filepath.Join("/var/log/libvirt/qemu", machine+".log")
+}

@@ -1,0 +1,195 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"libvirt-driver/domainxml"
+	"libvirt-driver/driver/gitlab"
+	"libvirt-driver/driver/hypervisor"
+	"libvirt-driver/driver/settings"
+)
+
+// creation bounds the time that libvirt may take to create the disk and start
+// the machine. It takes well under a second on a host that is not overloaded.
+const creation = 2 * time.Minute
+
+// Prepare makes the job's machine and returns when a script can run in it.
+func (s *Stage) Prepare(ctx context.Context) error {
+	m, err := s.plan()
+	if err != nil {
+		return err
+	}
+	started := time.Now()
+	s.introduce(m)
+
+	if err := s.create(ctx, m); err != nil {
+		return err
+	}
+	contact, err := s.reach(ctx, m)
+	if err != nil {
+		s.showConsole(m.name)
+		return err
+	}
+	if err := s.handOver(ctx, m, contact); err != nil {
+		return err
+	}
+	s.Log.Title("The machine is ready after %.1f s.", time.Since(started).Seconds())
+	return nil
+}
+
+// introduce tells the job's owner what the machine will be, and what it will
+// not be.
+func (s *Stage) introduce(m machine) {
+	disk := ""
+	if m.image.Disk != 0 {
+		disk = ", " + settings.FormatSize(m.image.Disk) + " disk"
+	}
+	s.Log.Title("Machine %s: image %s, %d vCPUs, %s memory%s",
+		m.name, m.image.Name, m.image.VCPUs, settings.FormatSize(m.image.Memory), disk)
+	if s.Settings.BuiltIn && m.job.Image != "" {
+		s.Log.Note("this host has one image, %s, and every job gets it: the job's image: is not looked at", m.image.Volume)
+	}
+	if len(m.job.Services) > 0 {
+		s.Log.Note("services: are not started in a virtual machine (%d asked for): start what the job needs in its script",
+			len(m.job.Services))
+	}
+}
+
+// create makes the machine's disk and starts the machine.
+func (s *Stage) create(ctx context.Context, m machine) error {
+	if err := s.removeLeftovers(ctx, m); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, creation, fmt.Errorf("libvirt took more than %v", creation))
+	defer cancel()
+	begun := time.Now()
+	disk, err := s.createDisk(ctx, m)
+	if err != nil {
+		return fmt.Errorf("create disk: %w", err)
+	}
+	s.Log.Step("disk", time.Since(begun), "%s, on %s", settings.FormatSize(disk.capacity), m.image.Volume)
+
+	begun = time.Now()
+	host, err := s.startMachine(ctx, m, disk)
+	if err != nil {
+		return fmt.Errorf("start machine: %w", err)
+	}
+	s.Log.Step("machine", time.Since(begun), "started, %s %s", host.Arch, accelerated(host.VirtType))
+	return nil
+}
+
+func accelerated(virtType string) string {
+	if virtType == "qemu" {
+		return "emulated (virt_type qemu)"
+	}
+	return "on " + strings.ToUpper(virtType)
+}
+
+// removeLeftovers removes what an earlier attempt at this job left, if any.
+func (s *Stage) removeLeftovers(ctx context.Context, m machine) error {
+	found, err := s.removeWithin(ctx, m.name, m.job)
+	if err != nil {
+		return fmt.Errorf("make room for the machine: %w", err)
+	}
+	if found {
+		s.Log.Note("removed what an earlier attempt at this job left")
+	}
+	return nil
+}
+
+// disk is the machine's overlay and the base volume under it.
+type disk struct {
+	domainxml.Disk
+	capacity uint64
+}
+
+// createDisk creates the overlay. The base volume is only ever read.
+func (s *Stage) createDisk(ctx context.Context, m machine) (disk, error) {
+	base, err := s.Hypervisor.Volume(ctx, m.image.Pool, m.image.Volume)
+	if err != nil {
+		return disk{}, withRemedy(err, m.image.Pool, m.image.Volume)
+	}
+	if m.image.Disk != 0 && m.image.Disk < base.Capacity {
+		err := fmt.Errorf("a disk of %s is asked for, but base volume %s has %s, and a disk can only grow",
+			settings.FormatSize(m.image.Disk), base.Name, settings.FormatSize(base.Capacity))
+		if s.Environment.JobVariable("LIBVIRT_DRIVER_DISK") != "" {
+			return disk{}, &gitlab.BuildError{Err: fmt.Errorf("job variable LIBVIRT_DRIVER_DISK: %w", err)}
+		}
+		return disk{}, fmt.Errorf("setting disk of image %s: %w", m.image.Name, err)
+	}
+	overlay, err := s.Hypervisor.CreateOverlay(ctx, m.volume, base, string(m.image.Format), m.image.Disk)
+	if err != nil {
+		return disk{}, err
+	}
+	return disk{
+		Disk:     domainxml.Disk{Path: overlay.Path, BasePath: base.Path, BaseFormat: string(m.image.Format)},
+		capacity: overlay.Capacity,
+	}, nil
+}
+
+// withRemedy adds what an administrator can do about a base volume that libvirt
+// does not have.
+func withRemedy(err error, pool, volume string) error {
+	switch {
+	case errors.Is(err, hypervisor.ErrInactive):
+		return fmt.Errorf("%w: start the pool: virsh pool-start %s", err, pool)
+	case errors.Is(err, hypervisor.ErrNotFound):
+		return fmt.Errorf("%w: see virsh pool-list --all and virsh vol-list %s; put the image there as %s, or set volume and pool in the driver's settings",
+			err, pool, volume)
+	}
+	return err
+}
+
+// startMachine defines the domain and starts it.
+func (s *Stage) startMachine(ctx context.Context, m machine, disk disk) (hypervisor.Capabilities, error) {
+	host, err := s.Hypervisor.Capabilities(ctx, string(s.Settings.VirtType), m.image.Machine)
+	if err != nil {
+		return host, err
+	}
+	text, err := domainxml.Machine{
+		Name: m.name,
+		Host: domainxml.Host{
+			VirtType: host.VirtType, Arch: host.Arch, MachineType: host.MachineType,
+			HostPassthrough: host.HostPassthrough, MaximumCPU: host.MaximumCPU,
+		},
+		CPU:        m.image.CPU,
+		VCPUs:      m.image.VCPUs,
+		Memory:     m.image.Memory,
+		UEFI:       bootsByUEFI(m.image, host.Arch),
+		Kernel:     m.image.Kernel,
+		Initrd:     m.image.Initrd,
+		Cmdline:    m.image.Cmdline,
+		Disk:       disk.Disk,
+		Network:    m.image.Network,
+		MAC:        m.mac,
+		ConsoleLog: s.consoleLog(m.name),
+		Metadata:   m.metadata(),
+	}.XML()
+	if err != nil {
+		return host, err
+	}
+	if err := s.Hypervisor.DefineDomain(ctx, m.name, text); err != nil {
+		return host, err
+	}
+	return host, s.Hypervisor.StartDomain(ctx, m.name)
+}
+
+// bootsByUEFI decides between a machine's own firmware and UEFI, which is all
+// there is on some architectures.
+func bootsByUEFI(image settings.Image, arch string) bool {
+	if image.Firmware == settings.FirmwareDefault {
+		return image.Kernel == "" && (arch == "aarch64" || arch == "riscv64")
+	}
+	return image.Firmware == settings.FirmwareUEFI
+}
+
+func (m machine) metadata() domainxml.Metadata {
+	return domainxml.Metadata{
+		Job: m.job.ID, Project: m.job.Project, Runner: m.job.Runner, JobURL: m.job.URL,
+		Image: m.image.Name, Pool: m.image.Pool, Volume: m.volume, Created: time.Now(),
+	}
+}

@@ -1,0 +1,224 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"time"
+
+	"libvirt-driver/driver/hypervisor"
+	"libvirt-driver/driver/settings"
+	"libvirt-driver/sshexec"
+)
+
+const (
+	// attempt bounds one SSH handshake: long enough for an emulated guest on a
+	// busy host, short enough that a server which says nothing gets another
+	// chance.
+	attempt = 30 * time.Second
+	// rejections is for how long a guest may refuse the key before that is its
+	// last word: while it boots, accounts may be missing or locked yet.
+	rejections = 20 * time.Second
+)
+
+// reach waits until the new machine answers over SSH, for as long as it runs.
+func (s *Stage) reach(ctx context.Context, m machine) (contact, error) {
+	ctx, stop := s.followed(ctx, m.name, func(state hypervisor.State) bool {
+		return state.Kind != hypervisor.Running
+	})
+	defer stop()
+	look, err := s.locate(ctx, m)
+	if err != nil {
+		return contact{}, fmt.Errorf("find the guest's address: %w", err)
+	}
+	begun := time.Now()
+	address, err := s.waitForAddress(ctx, m, look)
+	if err != nil {
+		return contact{}, fmt.Errorf("wait for the guest's address: %w", err)
+	}
+	s.Log.Step("address", time.Since(begun), "%s", address)
+
+	begun = time.Now()
+	reached, err := s.waitForShell(ctx, m, look)
+	if err != nil {
+		return contact{}, fmt.Errorf("wait for the guest's SSH: %w", err)
+	}
+	s.Log.Step("shell", time.Since(begun), "%s@%s", m.image.User, reached.Address)
+	return reached, nil
+}
+
+// guestLost is why a wait for a guest is over: it does not run any more.
+type guestLost struct {
+	machine string
+	state   hypervisor.State
+}
+
+func (e *guestLost) Error() string {
+	hint := ""
+	if e.state.Kind == hypervisor.Paused && !e.state.ByHand && e.state.Reason == "" {
+		hint = `: if the host offers KVM but cannot use it, as nested virtualisation does, set virt_type = "qemu"`
+	}
+	return fmt.Sprintf("the guest %s is %s%s", e.machine, e.state, hint)
+}
+
+// followed returns a context that ends, with a guestLost as its cause, when
+// lost says so of the machine's state. A libvirtd that is away is waited for:
+// what counts then is what the guest itself says.
+func (s *Stage) followed(ctx context.Context, name string, lost func(hypervisor.State) bool) (context.Context, func()) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for ctx.Err() == nil {
+			state, err := s.Hypervisor.Watch(ctx, name, lost)
+			if err == nil {
+				cancel(&guestLost{name, state})
+				return
+			}
+			pause(ctx, time.Second)
+		}
+	}()
+	return ctx, func() {
+		cancel(context.Canceled)
+		<-done
+	}
+}
+
+// locator looks for a guest's address once; the address is invalid when it has
+// none yet.
+type locator func(context.Context) (netip.Addr, error)
+
+// waitForAddress waits until the guest has an address.
+func (s *Stage) waitForAddress(ctx context.Context, m machine, look locator) (netip.Addr, error) {
+	limit := s.Settings.Timeouts.Address
+	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("none after %v (timeouts.address)", limit))
+	defer cancel()
+	for try := 0; ; try++ {
+		address, err := look(ctx)
+		switch {
+		case ctx.Err() != nil:
+			return netip.Addr{}, fmt.Errorf("%w: looked for MAC address %s on network %s", context.Cause(ctx), m.mac, m.image.Network)
+		case err != nil || address.IsValid():
+			return address, err
+		}
+		pause(ctx, backoff(try))
+	}
+}
+
+// locate returns how to find the guest's address: by the network's leases where
+// it keeps any; elsewhere by what the guest agent says or the host has seen.
+func (s *Stage) locate(ctx context.Context, m machine) (locator, error) {
+	keepsLeases, err := s.Hypervisor.KeepsLeases(ctx, m.image.Network)
+	if err != nil {
+		return nil, err
+	}
+	switch source := m.image.Address; {
+	case source == settings.AddressAgent:
+		return s.ask(m, hypervisor.Agent), nil
+	case source == settings.AddressARP:
+		return s.ask(m, hypervisor.ARP), nil
+	case source == settings.AddressAuto && !keepsLeases:
+		return s.ask(m, hypervisor.Agent, hypervisor.ARP), nil
+	case !keepsLeases:
+		return nil, fmt.Errorf("network %s hands out no addresses: set address to agent or arp for image %s", m.image.Network, m.image.Name)
+	}
+	return func(ctx context.Context) (netip.Addr, error) {
+		leases, err := s.Hypervisor.Leases(ctx, m.image.Network, m.mac)
+		if err != nil || len(leases) == 0 {
+			return netip.Addr{}, err
+		}
+		return leases[0].Address, nil
+	}, nil
+}
+
+// ask returns a locator that asks each source in turn.
+func (s *Stage) ask(m machine, sources ...hypervisor.AddressSource) locator {
+	return func(ctx context.Context) (netip.Addr, error) {
+		for _, source := range sources {
+			addresses, err := s.Hypervisor.Addresses(ctx, m.name, m.mac, source)
+			if err != nil {
+				return netip.Addr{}, err
+			}
+			if len(addresses) > 0 {
+				return addresses[0], nil
+			}
+		}
+		return netip.Addr{}, nil
+	}
+}
+
+// waitForShell waits until the guest lets the driver in and runs a command. It
+// looks for the address again each time: a guest that asks for one in its boot
+// loader and again later can have two, and an earlier attempt at the same job
+// may have left one.
+func (s *Stage) waitForShell(ctx context.Context, m machine, look locator) (contact, error) {
+	limit := s.Settings.Timeouts.SSH
+	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("none after %v (timeouts.ssh)", limit))
+	defer cancel()
+	key, err := sshexec.LoadKey(m.image.Key)
+	if err != nil {
+		return contact{}, err
+	}
+	var last error
+	var rejected time.Time
+	for try := 0; ; try++ {
+		address, err := look(ctx)
+		if err != nil {
+			return contact{}, err
+		}
+		reached, err := s.tryShell(ctx, m, sshexec.Target{Address: socketAddress(address), User: m.image.User, Key: key})
+		switch {
+		case err == nil:
+			return reached, nil
+		case ctx.Err() != nil && last == nil:
+			return contact{}, context.Cause(ctx)
+		case ctx.Err() != nil:
+			return contact{}, fmt.Errorf("%w: the last try: %w", context.Cause(ctx), last)
+		case !errors.Is(err, sshexec.ErrKeyRejected):
+			rejected = time.Time{}
+		case rejected.IsZero():
+			rejected = time.Now()
+		case time.Since(rejected) >= rejections:
+			return contact{}, fmt.Errorf("%w, for %v: put the public half of %s into ~%s/.ssh/authorized_keys of image %s, or set key or user",
+				err, rejections, m.image.Key, m.image.User, m.image.Name)
+		}
+		last = err
+		pause(ctx, backoff(try))
+	}
+}
+
+// tryShell makes one attempt to get a shell.
+func (s *Stage) tryShell(ctx context.Context, m machine, target sshexec.Target) (contact, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, attempt, fmt.Errorf("no session after %v", attempt))
+	defer cancel()
+	shell, err := s.Connect(ctx, target)
+	if err != nil {
+		return contact{}, err
+	}
+	defer shell.Close()
+	if err := shell.Check(ctx); err != nil {
+		return contact{}, err
+	}
+	return contact{Address: target.Address, HostKey: shell.HostKey()}, nil
+}
+
+// socketAddress returns the address of a guest's SSH server.
+func socketAddress(address netip.Addr) string {
+	const ssh = 22
+	return netip.AddrPortFrom(address, ssh).String()
+}
+
+// backoff returns the pause after a try: short at first, so that nothing is
+// lost on a fast guest, then longer, so that a slow one is left alone.
+func backoff(try int) time.Duration {
+	return min(50*time.Millisecond<<min(try/10, 4), 500*time.Millisecond)
+}
+
+// pause waits, but not beyond the end of ctx.
+func pause(ctx context.Context, d time.Duration) {
+	select {
+	case <-ctx.Done():
+	case <-time.After(d):
+	}
+}

@@ -1,0 +1,331 @@
+package settings
+
+import (
+	"fmt"
+	"maps"
+	"path"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+	"unicode"
+
+	"github.com/pelletier/go-toml/v2"
+)
+
+// Every key of the file, and what it may hold. What depends on more than one
+// key is in validate.go.
+
+const (
+	wantPath     = `write an absolute path`
+	wantDuration = `write a duration from 1s to 24h, such as "300s" or "5m"`
+	wantImage    = `write the NAME of an [images.NAME] table`
+)
+
+// topKeys are the keys before the first table.
+var topKeys = keys[Settings]{
+	"uri": put(func(s *Settings) *string { return &s.URI },
+		choice("qemu:///system", "qemu:///session", "test:///default")),
+	"socket":        put(func(s *Settings) *string { return &s.Socket }, text(wantPath+`, or "" for the usual socket`, socketPath)),
+	"virt_type":     put(func(s *Settings) *VirtType { return &s.VirtType }, choice(VirtAuto, VirtKVM, VirtQEMU)),
+	"log_dir":       put(func(s *Settings) *string { return &s.LogDir }, text(wantPath, absPath)),
+	"default_image": put(func(s *Settings) *string { return &s.DefaultImage }, text(wantImage, anything)),
+}
+
+// timeoutKeys are the keys of [timeouts].
+var timeoutKeys = keys[Timeouts]{
+	"address": put(func(t *Timeouts) *time.Duration { return &t.Address }, duration),
+	"ssh":     put(func(t *Timeouts) *time.Duration { return &t.SSH }, duration),
+	"destroy": put(func(t *Timeouts) *time.Duration { return &t.Destroy }, duration),
+}
+
+// imageKeys are the keys of [defaults] and of every [images.NAME].
+var imageKeys = keys[Image]{
+	"volume":  put(func(i *Image) *string { return &i.Volume }, text("write the name of a volume in the pool", objectName)),
+	"format":  put(func(i *Image) *Format { return &i.Format }, choice(FormatQCOW2, FormatRaw)),
+	"pool":    put(func(i *Image) *string { return &i.Pool }, text("write the name of a storage pool", objectName)),
+	"network": put(func(i *Image) *string { return &i.Network }, text("write the name of a network", objectName)),
+
+	"vcpus":      put(func(i *Image) *uint { return &i.VCPUs }, count(minVCPUs)),
+	"memory":     put(func(i *Image) *uint64 { return &i.Memory }, size(minSize)),
+	"disk":       put(func(i *Image) *uint64 { return &i.Disk }, size(0)),
+	"max_vcpus":  put(func(i *Image) *uint { return &i.MaxVCPUs }, count(0)),
+	"max_memory": put(func(i *Image) *uint64 { return &i.MaxMemory }, size(0)),
+	"max_disk":   put(func(i *Image) *uint64 { return &i.MaxDisk }, size(0)),
+
+	"firmware": put(func(i *Image) *Firmware { return &i.Firmware }, choice(FirmwareBIOS, FirmwareUEFI, FirmwareDefault)),
+	"machine": put(func(i *Image) *string { return &i.Machine },
+		text(`write a machine type such as "pc", or "" for the best`, optional(modelName))),
+	"cpu": put(func(i *Image) *string { return &i.CPU },
+		text(`write "host-passthrough", "host-model", "maximum" or a model's name, or "" for the best`, optional(modelName))),
+	"kernel":  put(func(i *Image) *string { return &i.Kernel }, text(wantPath+`, or "" to boot from the disk`, optional(absPath))),
+	"initrd":  put(func(i *Image) *string { return &i.Initrd }, text(wantPath+`, or "" for none`, optional(absPath))),
+	"cmdline": put(func(i *Image) *string { return &i.Cmdline }, text("write it on one line", oneLine)),
+
+	"user": put(func(i *Image) *string { return &i.User },
+		text("write up to 32 letters, digits and the characters _.- with a letter or _ first", userName)),
+	"key":     put(func(i *Image) *string { return &i.Key }, text(wantPath, absPath)),
+	"shell":   put(func(i *Image) *Shell { return &i.Shell }, choice(ShellBash, ShellSh, ShellPwsh, ShellPowerShell)),
+	"address": put(func(i *Image) *AddressSource { return &i.Address }, choice(AddressAuto, AddressLease, AddressAgent, AddressARP)),
+	"builds_dir": put(func(i *Image) *string { return &i.BuildsDir },
+		text(wantPath+` in the guest, or "" for builds in the user's home`, optional(guestPath))),
+	"cache_dir": put(func(i *Image) *string { return &i.CacheDir },
+		text(wantPath+` in the guest, or "" for cache in the user's home`, optional(guestPath))),
+}
+
+// aliasKeys are the keys of every [[aliases]]; all of them are required.
+var aliasKeys = keys[Alias]{
+	"match": put(func(a *Alias) *string { return &a.Match }, text(`write a glob over the job's image, such as "debian:*"`, glob)),
+	"image": put(func(a *Alias) *string { return &a.Image }, text(wantImage, something)),
+}
+
+// keys are the keys of a table that is read into a T.
+type keys[T any] map[string]func(dst *T, v any) *fault
+
+// names returns the keys' names, sorted.
+func (k keys[T]) names() []string { return slices.Sorted(maps.Keys(k)) }
+
+// put returns what reads a value into a field of a T.
+func put[T, V any](field func(*T) *V, read func(v any) (V, *fault)) func(dst *T, v any) *fault {
+	return func(dst *T, v any) *fault {
+		got, f := read(v)
+		if f == nil {
+			*field(dst) = got
+		}
+		return f
+	}
+}
+
+// text reads a string about which wrong has nothing to say.
+func text(remedy string, wrong func(string) string) func(any) (string, *fault) {
+	return func(v any) (string, *fault) {
+		s, ok := v.(string)
+		if !ok {
+			return "", &fault{"is " + kind(v) + ", not a string", remedy}
+		}
+		if w := wrong(s); w != "" {
+			return "", &fault{quote(s) + " " + w, remedy}
+		}
+		return s, nil
+	}
+}
+
+// choice reads one of several strings.
+func choice[V ~string](values ...V) func(any) (V, *fault) {
+	quoted := make([]string, len(values))
+	for i, v := range values {
+		quoted[i] = strconv.Quote(string(v))
+	}
+	last := len(quoted) - 1
+	read := text("write "+strings.Join(quoted[:last], ", ")+" or "+quoted[last], func(s string) string {
+		if !slices.Contains(values, V(s)) {
+			return "is not supported"
+		}
+		return ""
+	})
+	return func(v any) (V, *fault) {
+		s, f := read(v)
+		return V(s), f
+	}
+}
+
+// count reads a number of virtual processors. With least 0, 0 is allowed and
+// means none.
+func count(least int64) func(any) (uint, *fault) {
+	remedy := fmt.Sprintf("write a whole number from %d to %d", minVCPUs, maxVCPUs)
+	if least == 0 {
+		remedy += ", or 0 for none"
+	}
+	return func(v any) (uint, *fault) {
+		n, ok := v.(int64)
+		if !ok {
+			return 0, &fault{"is " + kind(v) + ", not an integer", remedy}
+		}
+		if n < least || n > maxVCPUs {
+			return 0, &fault{strconv.FormatInt(n, 10) + " is out of range", remedy}
+		}
+		return uint(n), nil
+	}
+}
+
+// size reads a size in bytes. With least 0, "" and 0 are allowed and mean none.
+func size(least uint64) func(any) (uint64, *fault) {
+	remedy := fmt.Sprintf(`write a size from %s to %s, such as "2 GiB" or 2048 (MiB)`, FormatSize(minSize), FormatSize(maxSize))
+	if least == 0 {
+		remedy += `, or "" for none`
+	}
+	return func(v any) (uint64, *fault) {
+		var n uint64
+		var shown string
+		switch v := v.(type) {
+		case int64:
+			shown = strconv.FormatInt(v, 10) + " (MiB)"
+			if v < 0 || v > maxSize/mib {
+				return 0, &fault{shown + " is out of range", remedy}
+			}
+			n = uint64(v) * mib
+		case string:
+			shown = quote(v)
+			var ok bool
+			if n, ok = parseSize(v); !ok && (v != "" || least > 0) {
+				return 0, &fault{shown + " is not a size", remedy}
+			}
+		default:
+			return 0, &fault{"is " + kind(v) + ", not a string or an integer", remedy}
+		}
+		if n == 0 && least == 0 {
+			return 0, nil
+		}
+		if n < minSize || n > maxSize {
+			return 0, &fault{shown + " is out of range", remedy}
+		}
+		return n, nil
+	}
+}
+
+func duration(v any) (time.Duration, *fault) {
+	s, ok := v.(string)
+	if !ok {
+		return 0, &fault{"is " + kind(v) + ", not a string", wantDuration}
+	}
+	d, err := time.ParseDuration(s)
+	if err != nil {
+		return 0, &fault{quote(s) + " is not a duration", wantDuration}
+	}
+	if d < time.Second || d > 24*time.Hour {
+		return 0, &fault{quote(s) + " is out of range", wantDuration}
+	}
+	return d, nil
+}
+
+// kind names the type of a TOML value for a message.
+func kind(v any) string {
+	switch v.(type) {
+	case string:
+		return "a string"
+	case int64:
+		return "an integer"
+	case float64:
+		return "a float"
+	case bool:
+		return "a boolean"
+	case time.Time, toml.LocalDateTime:
+		return "a date-time"
+	case toml.LocalDate:
+		return "a date"
+	case toml.LocalTime:
+		return "a time"
+	case map[string]any:
+		return "a table"
+	default:
+		return "an array"
+	}
+}
+
+// The functions below say what is wrong with a string, or "".
+
+func anything(string) string { return "" }
+
+func something(s string) string {
+	if s == "" {
+		return "is empty"
+	}
+	return ""
+}
+
+// optional lets a string be empty.
+func optional(wrong func(string) string) func(string) string {
+	return func(s string) string {
+		if s == "" {
+			return ""
+		}
+		return wrong(s)
+	}
+}
+
+// oneLine refuses control characters: XML cannot hold them, and none of the
+// settings needs one.
+func oneLine(s string) string {
+	if strings.ContainsFunc(s, unicode.IsControl) {
+		return "has a control character"
+	}
+	return ""
+}
+
+func absPath(s string) string {
+	if s == "" || s[0] != '/' {
+		return "is not an absolute path"
+	}
+	return oneLine(s)
+}
+
+// socketPath allows what fits sockaddr_un, see unix(7).
+func socketPath(s string) string {
+	if s == "" {
+		return ""
+	}
+	if len(s) > 107 {
+		return "is too long for a socket, which is 107 bytes"
+	}
+	return absPath(s)
+}
+
+// guestPath allows a Windows path, too; whether the guest's shell does is seen
+// later.
+func guestPath(s string) string {
+	if hasDrive(s) {
+		return oneLine(s)
+	}
+	return absPath(s)
+}
+
+var drive = regexp.MustCompile(`^[A-Za-z]:[\\/]`)
+
+// hasDrive reports whether s is an absolute path on Windows.
+func hasDrive(s string) bool { return drive.MatchString(s) }
+
+// objectName allows what libvirt and a file system take as a name.
+func objectName(s string) string {
+	switch {
+	case s == "":
+		return "is empty"
+	case len(s) > 255:
+		return "is too long"
+	case strings.Contains(s, "/"):
+		return "is a path"
+	case s == "." || s == "..":
+		return "is a folder"
+	}
+	return oneLine(s)
+}
+
+var modelSyntax = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._+-]{0,63}$`)
+
+func modelName(s string) string {
+	if !modelSyntax.MatchString(s) {
+		return "is not a name"
+	}
+	return ""
+}
+
+var userSyntax = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_.-]{0,31}$`)
+
+func userName(s string) string {
+	if !userSyntax.MatchString(s) {
+		return "is not a user name"
+	}
+	return ""
+}
+
+func glob(s string) string {
+	if s == "" {
+		return "is empty"
+	}
+	if _, err := path.Match(s, ""); err != nil {
+		return "is not a glob"
+	}
+	return oneLine(s)
+}
+
+var imageSyntax = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9._:/-]{0,61}[A-Za-z0-9._-])?$`)

@@ -1,0 +1,67 @@
+// Package driver is the four stages of GitLab Runner's Custom executor, each in
+// the file of its name and told as a story: config, prepare, run, cleanup.
+//
+// A stage returns nil, a [gitlab.BuildError] for what is the job's own fault,
+// or any other error for the infrastructure's.
+package driver
+
+import (
+	"context"
+	"io"
+	"net/netip"
+
+	"libvirt-driver/driver/gitlab"
+	"libvirt-driver/driver/hypervisor"
+	"libvirt-driver/driver/settings"
+	"libvirt-driver/sshexec"
+)
+
+// Stage is one call of the driver by GitLab Runner.
+type Stage struct {
+	Settings    *settings.Settings
+	Environment *gitlab.Environment
+	Hypervisor  Hypervisor
+	// Connect opens an SSH session to a guest.
+	Connect func(context.Context, sshexec.Target) (Shell, error)
+	// Log takes the driver's own lines for the job log.
+	Log *gitlab.Log
+	// Stdout and Stderr take what the job's script writes.
+	Stdout, Stderr io.Writer
+	// Version is the driver's own.
+	Version string
+}
+
+// Hypervisor is what the stages need of libvirt. [hypervisor.Connection] has it.
+type Hypervisor interface {
+	Capabilities(ctx context.Context, virtType, machine string) (hypervisor.Capabilities, error)
+
+	Volume(ctx context.Context, pool, name string) (hypervisor.Volume, error)
+	CreateOverlay(ctx context.Context, name string, base hypervisor.Volume, format string, capacity uint64) (hypervisor.Volume, error)
+	DeleteVolume(ctx context.Context, pool, name string) (found bool, err error)
+
+	DefineDomain(ctx context.Context, name, xml string) error
+	StartDomain(ctx context.Context, name string) error
+	DestroyDomain(ctx context.Context, name string) error
+	UndefineDomain(ctx context.Context, name string) error
+	Metadata(ctx context.Context, name, namespace string) (text string, found bool, err error)
+	SetMetadata(ctx context.Context, name, namespace, prefix, text string) error
+	State(ctx context.Context, name string) (hypervisor.State, error)
+	Watch(ctx context.Context, name string, done func(hypervisor.State) bool) (hypervisor.State, error)
+
+	KeepsLeases(ctx context.Context, network string) (bool, error)
+	Leases(ctx context.Context, network, mac string) ([]hypervisor.Lease, error)
+	Addresses(ctx context.Context, domain, mac string, source hypervisor.AddressSource) ([]netip.Addr, error)
+}
+
+// Shell is what the stages need of a guest. [sshexec.Client] has it.
+type Shell interface {
+	// HostKey returns the key that the guest showed, in authorized_keys format.
+	HostKey() string
+	// Check opens a session and ends it.
+	Check(context.Context) error
+	// Run runs a script to its end.
+	Run(context.Context, sshexec.Command) error
+	// Abort ends a Run at once: the guest is known to be lost, and why.
+	Abort(error)
+	Close() error
+}

@@ -1,0 +1,60 @@
+package main
+
+// The texts of --help. They are read in a terminal of 100 columns.
+
+const description = `GitLab Runner calls the driver for each stage of a job. In the runner's config.toml:
+
+  [runners.custom]
+    config_exec  = "/opt/libvirt-driver/libvirt-driver"
+    config_args  = ["config"]
+    prepare_exec = "/opt/libvirt-driver/libvirt-driver"
+    prepare_args = ["prepare"]
+    run_exec     = "/opt/libvirt-driver/libvirt-driver"
+    run_args     = ["run"]
+    cleanup_exec = "/opt/libvirt-driver/libvirt-driver"
+    cleanup_args = ["cleanup"]
+
+Without any settings a job gets a machine with 2 vCPUs and 2048 MiB of memory on libvirt's network
+"default", its disk on top of the volume gitlab-runner-base.qcow2 of the pool "default", and is
+logged in to as gitlab-runner with the key /root/.ssh/id_rsa.
+
+Every stage exits with 0, with $BUILD_FAILURE_EXIT_CODE for what is the job's own fault, or with
+$SYSTEM_FAILURE_EXIT_CODE for what is not. Called by hand, outside of GitLab Runner, it exits with 64.`
+
+const configHelp = `Prints the driver's name and version, the job's folders in the guest, the shell, and what later
+stages may trust, as one JSON object on standard output.
+
+Reads the settings [images], [[aliases]], default_image, and of the image builds_dir, cache_dir,
+shell and the maxima that LIBVIRT_DRIVER_VCPUS, _MEMORY and _DISK of the job may ask for.
+
+Exits with $BUILD_FAILURE_EXIT_CODE when the job asks for an image or a size that it cannot have, or
+forges who it is; with $SYSTEM_FAILURE_EXIT_CODE when settings or job response cannot be read.`
+
+const prepareHelp = `Creates an overlay on the image's base volume, defines and starts a domain on it, waits for the
+guest's address and then for a real SSH session. What an earlier attempt at the same job left is
+removed first. Each step is a line in the job log; a failure shows the last lines of the guest's
+console. A guest that stops, pauses or crashes, or refuses the key, is not waited for to the end.
+
+Reads the settings uri, socket, virt_type, log_dir, [timeouts], and all of the job's image.
+
+Exits with $BUILD_FAILURE_EXIT_CODE when the job asks for what it cannot have: that is not tried
+again; with $SYSTEM_FAILURE_EXIT_CODE for everything else, and when it is told to stop.`
+
+const runHelp = `Runs SCRIPT in the job's machine: the script goes to the image's shell over SSH, what it writes
+comes back as it comes. SUBSTAGE is the runner's name for it and changes nothing.
+
+On SIGTERM the script's processes in the guest are ended, the guest itself stays usable.
+
+Reads the settings user, key and shell of the job's image, and uri and socket to see the guest stop.
+
+Exits with 0 when the script does; with $BUILD_FAILURE_EXIT_CODE when the script fails, its own exit
+code (128 and more for a signal) in $BUILD_EXIT_CODE_FILE; with $SYSTEM_FAILURE_EXIT_CODE when the
+guest or the connection is lost, and when it is told to stop.`
+
+const cleanupHelp = `Destroys and undefines the job's domain, with its NVRAM, saved state and snapshots, and deletes its
+overlay and its logs. Nothing being there is success. What carries the job's name but was not made
+by the driver is left alone.
+
+Reads the settings uri, socket, log_dir, timeouts.destroy, and the pools of all images.
+
+Exits with 0, or with $SYSTEM_FAILURE_EXIT_CODE when something is left, which it names.`
