@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 
 	"github.com/urfave/cli/v2"
@@ -54,42 +55,28 @@ func app() *cli.App {
 		UsageText:       "libvirt-driver [--config FILE] COMMAND [ARGUMENTS]",
 		Description:     description,
 		HideHelpCommand: true,
+		OnUsageError:    usageError,
 		HideVersion:     true,
 		Flags: []cli.Flag{&cli.StringFlag{
 			Name:    "config",
-			Usage:   "read settings from `FILE`; without it from " + settings.DefaultPath + ", which may be missing",
+			Usage:   "read settings from `FILE` (" + settings.DefaultPath + ", if there)",
 			EnvVars: []string{"LIBVIRT_DRIVER_CONFIG"},
 		}},
 		Commands: []*cli.Command{
+			command("config", "tell GitLab Runner how to use the driver (config_exec)", "", configHelp,
+				func(_ context.Context, s *driver.Stage, _ []string) error { return s.Config(os.Stdout) }),
+			command("prepare", "make the job's machine and wait until it can run scripts (prepare_exec)", "", prepareHelp,
+				func(ctx context.Context, s *driver.Stage, _ []string) error { return s.Prepare(ctx) }),
+			command("run", "run a script in the job's machine (run_exec)", "SCRIPT SUBSTAGE", runHelp,
+				func(ctx context.Context, s *driver.Stage, args []string) error { return s.Run(ctx, args[0]) }),
+			command("cleanup", "remove the job's machine and all that belongs to it (cleanup_exec)", "", cleanupHelp,
+				func(ctx context.Context, s *driver.Stage, _ []string) error { return s.Cleanup(ctx) }),
 			{
-				Name:        "config",
-				Usage:       "tell GitLab Runner how to use the driver (config_exec)",
-				Description: configHelp,
-				Action:      stage("config", 0, func(c *cli.Context, s *driver.Stage) error { return s.Config(os.Stdout) }),
-			},
-			{
-				Name:        "prepare",
-				Usage:       "make the job's machine and wait until it can run scripts (prepare_exec)",
-				Description: prepareHelp,
-				Action:      stage("prepare", 0, func(c *cli.Context, s *driver.Stage) error { return s.Prepare(c.Context) }),
-			},
-			{
-				Name:        "run",
-				Usage:       "run a script in the job's machine (run_exec)",
-				ArgsUsage:   "SCRIPT SUBSTAGE",
-				Description: runHelp,
-				Action:      stage("run", 2, func(c *cli.Context, s *driver.Stage) error { return s.Run(c.Context, c.Args().First()) }),
-			},
-			{
-				Name:        "cleanup",
-				Usage:       "remove the job's machine and all that belongs to it (cleanup_exec)",
-				Description: cleanupHelp,
-				Action:      stage("cleanup", 0, func(c *cli.Context, s *driver.Stage) error { return s.Cleanup(c.Context) }),
-			},
-			{
-				Name:  "version",
-				Usage: "print the driver's version",
-				Action: func(c *cli.Context) error {
+				Name:            "version",
+				Usage:           "print the driver's version",
+				HideHelpCommand: true,
+				OnUsageError:    usageError,
+				Action: func(*cli.Context) error {
 					fmt.Println("libvirt-driver", version)
 					return nil
 				},
@@ -104,34 +91,45 @@ func app() *cli.App {
 	}
 }
 
-// stage makes the action of a stage's command. It is the one place where an
-// error becomes an exit code.
-func stage(name string, args int, do func(*cli.Context, *driver.Stage) error) cli.ActionFunc {
-	return func(c *cli.Context) error {
-		log := gitlab.NewLog(os.Stderr, os.Getenv("NO_COLOR") != "")
-		fail := func(code int, err error) error {
-			log.Error(fmt.Errorf("%s: %w", name, err))
+// usageError keeps a wrong flag from being answered with a screenful of help.
+func usageError(_ *cli.Context, err error, _ bool) error { return err }
+
+// command makes the command of a stage. It is the one place where an error
+// becomes an exit code.
+func command(name, usage, argsUsage, help string, do stage) *cli.Command {
+	return &cli.Command{
+		Name:            name,
+		Usage:           usage,
+		UsageText:       strings.TrimSpace("libvirt-driver [--config FILE] " + name + " " + argsUsage),
+		ArgsUsage:       argsUsage,
+		Description:     help,
+		HideHelpCommand: true,
+		OnUsageError:    usageError,
+		Action: func(c *cli.Context) error {
+			environment, err := gitlab.ReadEnvironment(os.Environ())
+			if err != nil {
+				return fmt.Errorf("%s: %w", name, err)
+			}
+			log := gitlab.NewLog(os.Stderr, os.Getenv("NO_COLOR") != "")
+			err = perform(c, environment, log, do)
+			if err == nil {
+				return nil
+			}
+			code, unsaid := environment.Exit(err)
+			log.Error(fmt.Errorf("%s: %w", name, errors.Join(err, unsaid)))
 			return cli.Exit("", code)
-		}
-		environment, err := gitlab.ReadEnvironment(os.Environ())
-		if err != nil {
-			return fail(usageFailure, err)
-		}
-		if c.NArg() != args {
-			return fail(environment.SystemFailure, fmt.Errorf("called with %d arguments, takes %d: see libvirt-driver %s --help",
-				c.NArg(), args, name))
-		}
-		err = perform(c, environment, log, do)
-		if err == nil {
-			return nil
-		}
-		code, unsaid := environment.Exit(err)
-		return fail(code, errors.Join(err, unsaid))
+		},
 	}
 }
 
+// stage is what a command does, given its arguments.
+type stage func(context.Context, *driver.Stage, []string) error
+
 // perform puts a stage together and runs it.
-func perform(c *cli.Context, environment *gitlab.Environment, log *gitlab.Log, do func(*cli.Context, *driver.Stage) error) error {
+func perform(c *cli.Context, environment *gitlab.Environment, log *gitlab.Log, do stage) error {
+	if want := len(strings.Fields(c.Command.ArgsUsage)); c.NArg() != want {
+		return fmt.Errorf("called with %d arguments, takes %d: see libvirt-driver %s --help", c.NArg(), want, c.Command.Name)
+	}
 	if err := environment.ClearExitCode(); err != nil {
 		return err
 	}
@@ -141,7 +139,7 @@ func perform(c *cli.Context, environment *gitlab.Environment, log *gitlab.Log, d
 	}
 	connection := hypervisor.New(configured.URI, configured.Socket)
 	defer connection.Close()
-	return do(c, &driver.Stage{
+	return do(c.Context, &driver.Stage{
 		Settings:    configured,
 		Environment: environment,
 		Hypervisor:  connection,
@@ -152,5 +150,5 @@ func perform(c *cli.Context, environment *gitlab.Environment, log *gitlab.Log, d
 		Stdout:  os.Stdout,
 		Stderr:  os.Stderr,
 		Version: version,
-	})
+	}, c.Args().Slice())
 }

@@ -28,6 +28,8 @@ type Metadata struct {
 	// Pool and Volume name the overlay.
 	Pool   string `xml:"pool"`
 	Volume string `xml:"volume"`
+	// Network is the libvirt network that lends the guest its address.
+	Network string `xml:"network"`
 	// Created is when prepare made the machine, in UTC, to the second.
 	Created time.Time `xml:"created"`
 	// Address and HostKey are where the guest's SSH server was found and the

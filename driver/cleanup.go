@@ -82,16 +82,15 @@ func (s *Stage) remove(ctx context.Context, name string, job gitlab.Job) (found 
 		left.add(err, "domain %s", name)
 		return found, left
 	}
-	pools := s.Settings.Pools()
+	pools, networks := s.Settings.Pools(), s.Settings.Networks()
 	if found {
 		metadata, err := domainxml.ParseMetadata(text)
 		if text == "" || err != nil || metadata.Job != job.ID || metadata.Project != job.Project {
 			left.add(fmt.Errorf("domain %s %w: remove it with virsh undefine --nvram %s", name, errForeign, name), "domain %s", name)
 			return found, left
 		}
-		if !slices.Contains(pools, metadata.Pool) {
-			pools = append(pools, metadata.Pool)
-		}
+		// What the settings said when the machine was made still counts.
+		pools, networks = with(pools, metadata.Pool), with(networks, metadata.Network)
 		if err := s.Hypervisor.DestroyDomain(ctx, name); err != nil {
 			left.add(err, "domain %s", name)
 			return found, left
@@ -102,9 +101,23 @@ func (s *Stage) remove(ctx context.Context, name string, job gitlab.Job) (found 
 		found = found || some
 		left.add(err, "volume %s in pool %s", volumeName(name), pool)
 	}
+	for _, network := range networks {
+		// A lease that cannot be given back ends by itself.
+		if err := s.Hypervisor.ReleaseLeases(ctx, network, macAddress(name)); err != nil {
+			s.Log.Note("%v: it ends by itself", err)
+		}
+	}
 	if len(left.things) == 0 {
 		left.add(s.Hypervisor.UndefineDomain(ctx, name), "domain %s", name)
 	}
 	left.add(s.removeLogs(name), "logs in %s", s.Settings.LogDir)
 	return found, left
+}
+
+// with returns names with one more, unless it is there or empty.
+func with(names []string, name string) []string {
+	if name == "" || slices.Contains(names, name) {
+		return names
+	}
+	return append(names, name)
 }

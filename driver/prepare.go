@@ -190,6 +190,6 @@ func bootsByUEFI(image settings.Image, arch string) bool {
 func (m machine) metadata() domainxml.Metadata {
 	return domainxml.Metadata{
 		Job: m.job.ID, Project: m.job.Project, Runner: m.job.Runner, JobURL: m.job.URL,
-		Image: m.image.Name, Pool: m.image.Pool, Volume: m.volume, Created: time.Now(),
+		Image: m.image.Name, Pool: m.image.Pool, Volume: m.volume, Network: m.image.Network, Created: time.Now(),
 	}
 }

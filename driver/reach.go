@@ -175,29 +175,36 @@ func (s *Stage) waitForShell(ctx context.Context, m machine, look locator) (cont
 			return contact{}, context.Cause(ctx)
 		case ctx.Err() != nil:
 			return contact{}, fmt.Errorf("%w: the last try: %w", context.Cause(ctx), last)
+		case errors.Is(err, errHopeless):
+			return contact{}, err
 		case !errors.Is(err, sshexec.ErrKeyRejected):
 			rejected = time.Time{}
 		case rejected.IsZero():
 			rejected = time.Now()
 		case time.Since(rejected) >= rejections:
-			return contact{}, fmt.Errorf("%w, for %v: put the public half of %s into ~%s/.ssh/authorized_keys of image %s, or set key or user",
-				err, rejections, m.image.Key, m.image.User, m.image.Name)
+			return contact{}, fmt.Errorf("image %s refuses %s for %v: %w", m.image.Name, m.image.Key, rejections, err)
 		}
 		last = err
 		pause(ctx, backoff(try))
 	}
 }
 
+// errHopeless marks an attempt after which another is no use.
+var errHopeless = errors.New("no session with this guest is possible")
+
 // tryShell makes one attempt to get a shell.
 func (s *Stage) tryShell(ctx context.Context, m machine, target sshexec.Target) (contact, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, attempt, fmt.Errorf("no session after %v", attempt))
 	defer cancel()
 	shell, err := s.Connect(ctx, target)
-	if err != nil {
+	switch {
+	case errors.Is(err, sshexec.ErrUnreachable), errors.Is(err, sshexec.ErrKeyRejected):
 		return contact{}, err
+	case err != nil:
+		return contact{}, fmt.Errorf("%w: %w", errHopeless, err)
 	}
 	defer shell.Close()
-	if err := shell.Check(ctx); err != nil {
+	if err := shell.Ping(ctx); err != nil {
 		return contact{}, err
 	}
 	return contact{Address: target.Address, HostKey: shell.HostKey()}, nil

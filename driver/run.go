@@ -96,7 +96,7 @@ func (s *Stage) enter(ctx context.Context, m machine) (Shell, error) {
 func (s *Stage) alive(ctx context.Context, shell Shell) bool {
 	ctx, cancel := context.WithTimeout(ctx, reconnect)
 	defer cancel()
-	return shell.Check(ctx) == nil
+	return shell.Ping(ctx) == nil
 }
 
 // explain says why a sub-stage was cut short: it was told to stop, or the guest

@@ -50,6 +50,7 @@ type Hypervisor interface {
 
 	KeepsLeases(ctx context.Context, network string) (bool, error)
 	Leases(ctx context.Context, network, mac string) ([]hypervisor.Lease, error)
+	ReleaseLeases(ctx context.Context, network, mac string) error
 	Addresses(ctx context.Context, domain, mac string, source hypervisor.AddressSource) ([]netip.Addr, error)
 }
 
@@ -57,8 +58,8 @@ type Hypervisor interface {
 type Shell interface {
 	// HostKey returns the key that the guest showed, in authorized_keys format.
 	HostKey() string
-	// Check opens a session and ends it.
-	Check(context.Context) error
+	// Ping opens a session and ends it.
+	Ping(context.Context) error
 	// Run runs a script to its end.
 	Run(context.Context, sshexec.Command) error
 	// Abort ends a Run at once: the guest is known to be lost, and why.

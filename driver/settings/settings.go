@@ -235,9 +235,19 @@ func (i *Image) fillDirs() {
 // Pools returns the names of all storage pools that an image may live in,
 // sorted, each once.
 func (s *Settings) Pools() []string {
-	pools := make(map[string]bool)
-	for _, img := range s.Images {
-		pools[img.Pool] = true
+	return s.names(func(i Image) string { return i.Pool })
+}
+
+// Networks returns the names of all networks that a guest may be on, sorted,
+// each once.
+func (s *Settings) Networks() []string {
+	return s.names(func(i Image) string { return i.Network })
+}
+
+func (s *Settings) names(of func(Image) string) []string {
+	names := make(map[string]bool)
+	for _, image := range s.Images {
+		names[of(image)] = true
 	}
-	return slices.Sorted(maps.Keys(pools))
+	return slices.Sorted(maps.Keys(names))
 }

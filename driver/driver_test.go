@@ -1,0 +1,263 @@
+package driver
+
+import (
+	"bytes"
+	"context"
+	"crypto/ed25519"
+	"encoding/pem"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"golang.org/x/crypto/ssh"
+
+	"libvirt-driver/driver/gitlab"
+	"libvirt-driver/driver/hypervisor"
+	"libvirt-driver/sshexec"
+)
+
+func testKey(t *testing.T) string {
+	t.Helper()
+	_, private, err := ed25519.GenerateKey(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	block, err := ssh.MarshalPrivateKey(private, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(t.TempDir(), "key")
+	if err := os.WriteFile(path, pem.EncodeToMemory(block), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func TestConfigTellsLaterStagesWhatTheyMayTrust(t *testing.T) {
+	var out bytes.Buffer
+	if err := newStage(t, nil).Config(&out); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{
+		`"LIBVIRT_DRIVER_MACHINE":"` + machineName + `"`, `"LIBVIRT_DRIVER_IMAGE":"default"`,
+		`"builds_dir":"/home/gitlab-runner/builds"`, `"version":"1.2.3"`, `"shell":"bash"`,
+	} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("no %s in %s", want, out.String())
+		}
+	}
+}
+
+func TestAJobThatChangesItsNameIsRefusedEverywhere(t *testing.T) {
+	vars := map[string]string{"LIBVIRT_DRIVER_MACHINE": "runner-8-project-42-concurrent-0-job-1001"}
+	for name, stage := range map[string]func(*stage) error{
+		"config":  func(s *stage) error { return s.Config(&bytes.Buffer{}) },
+		"prepare": func(s *stage) error { return s.Prepare(context.Background()) },
+		"run":     func(s *stage) error { return s.Run(context.Background(), "script") },
+		"cleanup": func(s *stage) error { return s.Cleanup(context.Background()) },
+	} {
+		s := newStage(t, vars)
+		if err := stage(s); !isBuild(err) || len(s.host.calls) != 0 {
+			t.Errorf("%s: %v after %q", name, err, s.host.calls)
+		}
+	}
+}
+
+func TestSizeBeyondTheLimitIsTheJobsFault(t *testing.T) {
+	for variable, want := range map[string]string{
+		"VCPUS": "LIBVIRT_DRIVER_VCPUS", "MEMORY": "LIBVIRT_DRIVER_MEMORY", "DISK": "LIBVIRT_DRIVER_DISK",
+	} {
+		s := newStage(t, map[string]string{"CUSTOM_ENV_LIBVIRT_DRIVER_" + variable: "999999"})
+		err := s.Prepare(context.Background())
+		if !isBuild(err) || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v", variable, err)
+		}
+	}
+}
+
+func TestPrepareHandsOverAddressAndHostKey(t *testing.T) {
+	s := newStage(t, nil)
+	if err := s.Prepare(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	m, err := s.plan()
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := contact{Address: "192.0.2.7:22", HostKey: "ssh-ed25519 AAAA"}
+	if got, err := s.contact(context.Background(), m); got != want || err != nil {
+		t.Errorf("from the job's folder: %+v, %v", got, err)
+	}
+	if err := os.Remove(s.contactPath()); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := s.contact(context.Background(), m); got != want || err != nil {
+		t.Errorf("from the domain: %+v, %v", got, err)
+	}
+}
+
+func TestPrepareDoesNotWaitForAGuestThatStops(t *testing.T) {
+	s := newStage(t, nil)
+	s.Connect = func(ctx context.Context, _ sshexec.Target) (Shell, error) {
+		console := filepath.Join(s.dir, machineName+"-console.log")
+		if err := os.WriteFile(console, []byte("Kernel panic\r\n"), 0o600); err != nil {
+			t.Error(err)
+		}
+		s.host.stop(hypervisor.State{Kind: hypervisor.Paused})
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}
+	err := s.Prepare(context.Background())
+	var lost *guestLost
+	if !errors.As(err, &lost) || !strings.Contains(err.Error(), `virt_type = "qemu"`) {
+		t.Errorf("error: %v", err)
+	}
+	if !strings.Contains(s.log.String(), "Kernel panic") {
+		t.Errorf("no console in the log:\n%s", s.log.String())
+	}
+}
+
+func TestDiskSmallerThanItsBase(t *testing.T) {
+	s := newStage(t, map[string]string{"CUSTOM_ENV_LIBVIRT_DRIVER_DISK": "1 GiB"})
+	image := s.Settings.Images["default"]
+	image.MaxDisk = 20 << 30
+	s.Settings.Images["default"] = image
+	if err := s.Prepare(context.Background()); !isBuild(err) || !strings.Contains(err.Error(), "can only grow") {
+		t.Errorf("asked for by the job: %v", err)
+	}
+	s = newStage(t, nil)
+	image.Disk, image.MaxDisk = 1<<30, 0
+	s.Settings.Images["default"] = image
+	if err := s.Prepare(context.Background()); err == nil || isBuild(err) || !strings.Contains(err.Error(), "setting disk") {
+		t.Errorf("asked for by the administrator: %v", err)
+	}
+}
+
+// prepared is a stage whose machine prepare has handed over.
+func prepared(t *testing.T, guest *shell) (*stage, string) {
+	t.Helper()
+	s := newStage(t, nil)
+	if err := os.WriteFile(s.contactPath(), []byte(`{"address": "192.0.2.7:22", "host_key": "ssh-ed25519 AAAA"}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	script := filepath.Join(s.dir, "script")
+	if err := os.WriteFile(script, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s.Connect = func(context.Context, sshexec.Target) (Shell, error) { return guest, nil }
+	return s, script
+}
+
+func TestRunMapsEndings(t *testing.T) {
+	s, script := prepared(t, &shell{})
+	if err := s.Run(context.Background(), script); err != nil {
+		t.Errorf("exit 0: %v", err)
+	}
+	s, script = prepared(t, &shell{result: &sshexec.ExitError{Code: 255}})
+	err := s.Run(context.Background(), script)
+	var build *gitlab.BuildError
+	if !errors.As(err, &build) || build.ExitCode != 255 {
+		t.Errorf("exit 255: %v", err)
+	}
+	guest := &shell{hangs: true, aborted: make(chan error, 1)}
+	s, script = prepared(t, guest)
+	s.host.stop(hypervisor.State{Kind: hypervisor.Off, Reason: "destroyed"})
+	if err := s.Run(context.Background(), script); err == nil || isBuild(err) || !strings.Contains(err.Error(), "shut off (destroyed)") {
+		t.Errorf("guest destroyed: %v", err)
+	}
+}
+
+// A guest that powers off ends its scripts first, with whatever exit code.
+func TestScriptEndedByItsGuestsShutdownIsNotTheJobsFailure(t *testing.T) {
+	guest := &shell{result: &sshexec.ExitError{Code: 143, Signal: "TERM"}, ping: errors.New("connection closed"), aborted: make(chan error, 1)}
+	s, script := prepared(t, guest)
+	s.host.stop(hypervisor.State{Kind: hypervisor.Off, Reason: "the guest powered off"})
+	if err := s.Run(context.Background(), script); err == nil || isBuild(err) || !strings.Contains(err.Error(), "powered off") {
+		t.Errorf("error: %v", err)
+	}
+}
+
+func TestRunToldToStopIsNoSuccess(t *testing.T) {
+	s, script := prepared(t, &shell{hangs: true, aborted: make(chan error, 1)})
+	ctx, cancel := context.WithCancelCause(context.Background())
+	cancel(errors.New("terminated"))
+	if err := s.Run(ctx, script); err == nil || isBuild(err) || !strings.Contains(err.Error(), "terminated") {
+		t.Errorf("error: %v", err)
+	}
+}
+
+func TestCleanupRemovesEverythingOfItsJob(t *testing.T) {
+	s := newStage(t, nil)
+	s.host.domains[machineName] = mine(t, 1001, "elsewhere")
+	s.host.volumes["default/"+machineName+".qcow2"] = 1
+	s.host.volumes["elsewhere/"+machineName+".qcow2"] = 1
+	log := filepath.Join(s.dir, machineName+"-console.log.0")
+	if err := os.WriteFile(log, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Cleanup(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	if len(s.host.domains) != 0 || len(s.host.volumes) != 1 {
+		t.Errorf("left: %v %v", s.host.domains, s.host.volumes)
+	}
+	if _, err := os.Stat(log); err == nil {
+		t.Error("the console's log is left")
+	}
+	if err := s.Cleanup(context.Background()); err != nil {
+		t.Errorf("a second time: %v", err)
+	}
+}
+
+func TestCleanupLeavesWhatIsNotItsJobs(t *testing.T) {
+	for name, metadata := range map[string]string{"no metadata": "", "another job's": mine(t, 1002, "default"), "garbage": "<machine"} {
+		s := newStage(t, nil)
+		s.host.domains[machineName] = metadata
+		s.host.volumes["default/"+machineName+".qcow2"] = 1
+		err := s.Cleanup(context.Background())
+		if !errors.Is(err, errForeign) || !strings.Contains(err.Error(), "left behind: domain "+machineName) {
+			t.Errorf("%s: %v", name, err)
+		}
+		if s.host.called("DestroyDomain") || s.host.called("DeleteVolume") || s.host.called("UndefineDomain") {
+			t.Errorf("%s: touched: %q", name, s.host.calls)
+		}
+	}
+}
+
+// The definition names the volume: while that is left, so must the domain be.
+func TestCleanupNamesWhatIsLeft(t *testing.T) {
+	s := newStage(t, nil)
+	s.host.domains[machineName] = mine(t, 1001, "default")
+	s.host.failures["DeleteVolume"] = hypervisor.ErrInactive
+	err := s.Cleanup(context.Background())
+	if err == nil || isBuild(err) || !strings.Contains(err.Error(), "volume "+machineName+".qcow2 in pool default") {
+		t.Errorf("error: %v", err)
+	}
+	if len(s.host.domains) != 1 {
+		t.Error("the domain is gone before its volume")
+	}
+}
+
+func TestGuestTextInTheLogIsText(t *testing.T) {
+	got := printable("\x1b[31mred\x1b[0m\r\n\x1b]0;title\x07x\rwiped\n\n a\tb\x00\x9b\xff\u202e!\r\nsection_start:1:x\r\x1b[0Kfold\n\x1bPdcs\x1b\\end\x1b")
+	want := []string{"red", "wiped", " a b?!", "fold", "end"}
+	if strings.Join(got, "|") != strings.Join(want, "|") {
+		t.Errorf("got %q, want %q", got, want)
+	}
+}
+
+func FuzzPrintable(f *testing.F) {
+	f.Add("\x1b[31mred\x1b[0m\r\nsection_end:1:x\r\x1b[0K")
+	f.Add("\x1b\x1b[[0K\x1b]\x1b]")
+	f.Fuzz(func(t *testing.T, text string) {
+		for _, line := range printable(text) {
+			for _, r := range line {
+				if r < ' ' || r >= 0x7f && r < 0xa0 {
+					t.Fatalf("control character %q in %q of %q", r, line, text)
+				}
+			}
+		}
+	})
+}

@@ -1,0 +1,225 @@
+package driver
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+
+	"libvirt-driver/domainxml"
+	"libvirt-driver/driver/gitlab"
+	"libvirt-driver/driver/hypervisor"
+	"libvirt-driver/driver/settings"
+	"libvirt-driver/sshexec"
+)
+
+// host is a hypervisor in memory, for what a stage decides. What libvirt does
+// is for the tests in integration/.
+type host struct {
+	mu       sync.Mutex
+	calls    []string
+	volumes  map[string]uint64 // "pool/name" to capacity
+	domains  map[string]string // name to metadata
+	state    hypervisor.State
+	stopped  chan struct{} // closed when state is no longer Running
+	failures map[string]error
+}
+
+func newHost() *host {
+	return &host{
+		volumes:  map[string]uint64{"default/gitlab-runner-base.qcow2": 8 << 30},
+		domains:  map[string]string{},
+		state:    hypervisor.State{Kind: hypervisor.Running},
+		stopped:  make(chan struct{}),
+		failures: map[string]error{},
+	}
+}
+
+func (h *host) note(call string, args ...any) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.calls = append(h.calls, strings.TrimSpace(fmt.Sprintln(append([]any{call}, args...)...)))
+	return h.failures[call]
+}
+
+func (h *host) called(call string) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return slices.ContainsFunc(h.calls, func(c string) bool { return strings.HasPrefix(c, call) })
+}
+
+func (h *host) stop(state hypervisor.State) {
+	h.mu.Lock()
+	h.state = state
+	h.mu.Unlock()
+	close(h.stopped)
+}
+
+func (h *host) Capabilities(_ context.Context, virtType, machine string) (hypervisor.Capabilities, error) {
+	return hypervisor.Capabilities{VirtType: "qemu", Arch: "x86_64", MachineType: "q35"}, h.note("Capabilities", virtType, machine)
+}
+
+func (h *host) Volume(_ context.Context, pool, name string) (hypervisor.Volume, error) {
+	capacity, ok := h.volumes[pool+"/"+name]
+	if !ok {
+		return hypervisor.Volume{}, hypervisor.ErrNotFound
+	}
+	return hypervisor.Volume{Pool: pool, Name: name, Path: "/" + pool + "/" + name, Capacity: capacity}, h.note("Volume")
+}
+
+func (h *host) CreateOverlay(_ context.Context, name string, base hypervisor.Volume, format string, capacity uint64) (hypervisor.Volume, error) {
+	v := hypervisor.Volume{Pool: base.Pool, Name: name, Path: "/" + base.Pool + "/" + name, Capacity: max(capacity, base.Capacity)}
+	h.volumes[base.Pool+"/"+name] = v.Capacity
+	return v, h.note("CreateOverlay", name, format, capacity)
+}
+
+func (h *host) DeleteVolume(_ context.Context, pool, name string) (bool, error) {
+	if err := h.note("DeleteVolume", pool, name); err != nil {
+		return false, err
+	}
+	_, found := h.volumes[pool+"/"+name]
+	delete(h.volumes, pool+"/"+name)
+	return found, nil
+}
+
+func (h *host) DefineDomain(_ context.Context, name, xml string) error {
+	h.domains[name] = xml
+	return h.note("DefineDomain", name)
+}
+
+func (h *host) StartDomain(_ context.Context, name string) error { return h.note("StartDomain", name) }
+func (h *host) DestroyDomain(_ context.Context, name string) error {
+	return h.note("DestroyDomain", name)
+}
+
+func (h *host) UndefineDomain(_ context.Context, name string) error {
+	delete(h.domains, name)
+	return h.note("UndefineDomain", name)
+}
+
+func (h *host) Metadata(_ context.Context, name, _ string) (string, bool, error) {
+	text, found := h.domains[name]
+	return text, found, h.note("Metadata", name)
+}
+
+func (h *host) SetMetadata(_ context.Context, name, _, _, text string) error {
+	h.domains[name] = text
+	return h.note("SetMetadata", name)
+}
+
+func (h *host) State(context.Context, string) (hypervisor.State, error) { return h.state, nil }
+
+func (h *host) Watch(ctx context.Context, _ string, done func(hypervisor.State) bool) (hypervisor.State, error) {
+	select {
+	case <-ctx.Done():
+		return hypervisor.State{}, ctx.Err()
+	case <-h.stopped:
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		if !done(h.state) {
+			return hypervisor.State{}, errors.New("not what was waited for")
+		}
+		return h.state, nil
+	}
+}
+
+func (h *host) KeepsLeases(context.Context, string) (bool, error) { return true, h.note("KeepsLeases") }
+
+func (h *host) Leases(context.Context, string, string) ([]hypervisor.Lease, error) {
+	return []hypervisor.Lease{{Address: netip.MustParseAddr("192.0.2.7")}}, h.note("Leases")
+}
+
+func (h *host) ReleaseLeases(_ context.Context, network, mac string) error {
+	return h.note("ReleaseLeases", network, mac)
+}
+
+func (h *host) Addresses(context.Context, string, string, hypervisor.AddressSource) ([]netip.Addr, error) {
+	return nil, h.note("Addresses")
+}
+
+// shell is a guest that lets everyone in and whose scripts end as told.
+type shell struct {
+	result  error
+	ping    error
+	aborted chan error
+	hangs   bool
+}
+
+func (s *shell) HostKey() string            { return "ssh-ed25519 AAAA" }
+func (s *shell) Ping(context.Context) error { return s.ping }
+func (s *shell) Abort(err error)            { s.aborted <- err }
+func (s *shell) Close() error               { return nil }
+
+func (s *shell) Run(ctx context.Context, _ sshexec.Command) error {
+	if !s.hangs {
+		return s.result
+	}
+	select {
+	case err := <-s.aborted:
+		return fmt.Errorf("%w: %w", sshexec.ErrLost, err)
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// stage is a Stage on fakes, for job 1001 of project 42.
+type stage struct {
+	*Stage
+	host *host
+	log  bytes.Buffer
+	dir  string
+}
+
+const machineName = "runner-7-project-42-concurrent-0-job-1001"
+
+func newStage(t *testing.T, vars map[string]string) *stage {
+	t.Helper()
+	s := &stage{host: newHost(), dir: t.TempDir()}
+	response := filepath.Join(s.dir, "response.json")
+	if err := os.WriteFile(response, []byte(`{"id": 1001, "job_info": {"project_id": 42}}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	environ := []string{"BUILD_FAILURE_EXIT_CODE=1", "SYSTEM_FAILURE_EXIT_CODE=2", "JOB_RESPONSE_FILE=" + response,
+		"CUSTOM_ENV_CI_RUNNER_ID=7"}
+	for name, value := range vars {
+		environ = append(environ, name+"="+value)
+	}
+	environment, err := gitlab.ReadEnvironment(environ)
+	if err != nil {
+		t.Fatal(err)
+	}
+	configured := settings.Default()
+	configured.LogDir = s.dir
+	image := configured.Images["default"]
+	image.Key = testKey(t)
+	configured.Images["default"] = image
+	s.Stage = &Stage{
+		Settings: configured, Environment: environment, Hypervisor: s.host,
+		Log: gitlab.NewLog(&s.log, true), Version: "1.2.3",
+		Connect: func(context.Context, sshexec.Target) (Shell, error) { return &shell{}, nil },
+	}
+	return s
+}
+
+// mine makes metadata of job 1001 or of another.
+func mine(t *testing.T, job int64, pool string) string {
+	t.Helper()
+	text, err := domainxml.Metadata{Job: job, Project: 42, Pool: pool}.Element()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return text
+}
+
+// isBuild reports whether a failure is the job's own.
+func isBuild(err error) bool {
+	var build *gitlab.BuildError
+	return errors.As(err, &build)
+}

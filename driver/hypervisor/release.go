@@ -1,0 +1,163 @@
+package hypervisor
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"strings"
+	"time"
+
+	"github.com/digitalocean/go-libvirt"
+	"github.com/insomniacslk/dhcp/dhcpv4"
+	"libvirt.org/go/libvirtxml"
+)
+
+// releasing is how long a DHCP server may take to take a lease back.
+const releasing = time.Second
+
+// ReleaseLeases gives a MAC address's IPv4 leases on a network back, for a
+// guest that is gone: left alone they last an hour, and a few hundred jobs
+// would fill a network's range. libvirt has no call for it, so the network's
+// DHCP server is sent what the guest would have sent; the server is on this
+// host and listens on the network's own address. A network that keeps no leases
+// or does not run has none to give back.
+//
+// https://www.rfc-editor.org/rfc/rfc2131#section-4.4.6
+func (c *Connection) ReleaseLeases(ctx context.Context, network, mac string) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, releasing, fmt.Errorf("still there after %v", releasing))
+	defer cancel()
+	for try := 0; ; try++ {
+		held, servers, err := c.held(ctx, network, mac)
+		if is(err, libvirt.ErrNoNetwork) || errors.Is(err, ErrInactive) || err == nil && len(held) == 0 {
+			return nil
+		}
+		if err != nil {
+			return wrap(err, "release leases of %s on network %s", mac, network)
+		}
+		if try%10 == 0 {
+			for _, lease := range held {
+				if err := release(ctx, lease, servers); err != nil {
+					return wrap(err, "release lease %s of %s on network %s", lease.Ipaddr, mac, network)
+				}
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return wrap(context.Cause(ctx), "release lease %s of %s on network %s", held[0].Ipaddr, mac, network)
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+}
+
+// held returns a MAC's IPv4 leases and the addresses of the network's servers.
+func (c *Connection) held(ctx context.Context, network, mac string) (held []libvirt.NetworkDhcpLease, servers []netip.Prefix, err error) {
+	var text string
+	var reply []libvirt.NetworkDhcpLease
+	err = c.do(ctx, func(rpc *libvirt.Libvirt) error {
+		n, err := rpc.NetworkLookupByName(network)
+		if err != nil {
+			return err
+		}
+		active, err := rpc.NetworkIsActive(n)
+		if err != nil {
+			return err
+		}
+		if active == 0 {
+			return ErrInactive
+		}
+		if reply, _, err = rpc.NetworkGetDhcpLeases(n, libvirt.OptString{mac}, 1, 0); err != nil || len(reply) == 0 {
+			return err
+		}
+		text, err = rpc.NetworkGetXMLDesc(n, 0)
+		return err
+	})
+	if err != nil || len(reply) == 0 {
+		return nil, nil, err
+	}
+	for _, lease := range reply {
+		if libvirt.IPAddrType(lease.Type) == libvirt.IPAddrTypeIpv4 {
+			held = append(held, lease)
+		}
+	}
+	var doc libvirtxml.Network
+	if err := doc.Unmarshal(text); err != nil {
+		return nil, nil, err
+	}
+	for _, ip := range doc.IPs {
+		if server, err := prefix(ip); err == nil {
+			servers = append(servers, server)
+		}
+	}
+	return held, servers, nil
+}
+
+// prefix returns a network's own address with the length of its prefix, which
+// libvirt writes in one of two ways.
+func prefix(ip libvirtxml.NetworkIP) (netip.Prefix, error) {
+	address, err := netip.ParseAddr(ip.Address)
+	if err != nil {
+		return netip.Prefix{}, err
+	}
+	bits := int(ip.Prefix)
+	if mask, err := netip.ParseAddr(ip.Netmask); err == nil && mask.Is4() {
+		bits, _ = net.IPMask(mask.AsSlice()).Size()
+	}
+	return netip.PrefixFrom(address, bits), nil
+}
+
+// release sends a DHCPRELEASE for a lease to the server whose network it is in.
+func release(ctx context.Context, lease libvirt.NetworkDhcpLease, servers []netip.Prefix) error {
+	address, err := netip.ParseAddr(lease.Ipaddr)
+	if err != nil {
+		return err
+	}
+	for _, server := range servers {
+		if !server.Contains(address) {
+			continue
+		}
+		message, err := releaseMessage(lease, address, server.Addr())
+		if err != nil {
+			return err
+		}
+		conn, err := new(net.Dialer).DialContext(ctx, "udp4", netip.AddrPortFrom(server.Addr(), dhcpv4.ServerPort).String())
+		if err != nil {
+			return err
+		}
+		defer conn.Close()
+		_, err = conn.Write(message)
+		return err
+	}
+	return errors.New("no DHCP server of the network is known")
+}
+
+func releaseMessage(lease libvirt.NetworkDhcpLease, address, server netip.Addr) ([]byte, error) {
+	var mac net.HardwareAddr
+	if len(lease.Mac) > 0 {
+		var err error
+		if mac, err = net.ParseMAC(lease.Mac[0]); err != nil {
+			return nil, err
+		}
+	}
+	modifiers := []dhcpv4.Modifier{
+		dhcpv4.WithMessageType(dhcpv4.MessageTypeRelease),
+		dhcpv4.WithHwAddr(mac),
+		dhcpv4.WithClientIP(address.AsSlice()),
+		dhcpv4.WithOption(dhcpv4.OptServerIdentifier(server.AsSlice())),
+	}
+	// The server knows a lease by the client id where the guest gave one.
+	if len(lease.Clientid) > 0 {
+		id, err := hex.DecodeString(strings.ReplaceAll(lease.Clientid[0], ":", ""))
+		if err != nil {
+			return nil, err
+		}
+		modifiers = append(modifiers, dhcpv4.WithOption(dhcpv4.OptClientIdentifier(id)))
+	}
+	message, err := dhcpv4.New(modifiers...)
+	if err != nil {
+		return nil, err
+	}
+	return message.ToBytes(), nil
+}

@@ -1,0 +1,58 @@
+# shellcheck shell=bash
+# lib.sh: what host.sh and images.sh share. It is sourced, never run.
+
+# Everything that outlives a run (images, SSH key) is here; nothing of it is in the checkout.
+cache=${LIBVIRT_DRIVER_CACHE:-/var/cache/libvirt-driver}
+
+# say prints one line about what is going on; stdout belongs to the callers' results.
+say() {
+	printf '%s: %s\n' "${0##*/}" "$*" >&2
+}
+
+die() {
+	say "$*"
+	exit 1
+}
+
+# need_packages PACKAGE...: installs those of them that are missing, and starts none of their services.
+need_packages() {
+	local missing=() package
+	for package in "$@"; do
+		[[ -e /var/lib/dpkg/info/$package.list || -e /var/lib/dpkg/info/$package:$(architecture).list ]] || missing+=("$package")
+	done
+	((${#missing[@]})) || return 0
+	((EUID == 0)) || die "cannot install ${missing[*]}: not root"
+
+	say "installing ${missing[*]}"
+	mkdir -p "$cache"
+	# The package lists may be absent (fresh container images) or name versions that the mirror has dropped.
+	(
+		flock 9
+		install_packages "${missing[@]}" 9>&- || { update_lists && install_packages "${missing[@]}" 9>&-; }
+	) 9>"$cache/packages.lock" || die "cannot install ${missing[*]}: see the lines above"
+}
+
+# install_packages PACKAGE...: apt-get install with a policy that forbids every service start. The policy is
+# mounted in a mount namespace of apt's own, so that the host's own policy, if any, stays as it is.
+install_packages() {
+	local policy=/usr/sbin/policy-rc.d forbid made='' status=0
+	forbid=$(mktemp)
+	printf '#!/bin/sh\nexit 101\n' >"$forbid"
+	chmod 755 "$forbid"
+	[[ -e $policy ]] || { touch "$policy" && made=1; }
+	DEBIAN_FRONTEND=noninteractive unshare --mount -- bash -euc '
+		mount --bind "$1" "$2"; shift 2
+		exec apt-get install --yes --quiet=2 --no-install-recommends -o Dpkg::Use-Pty=0 "$@" >&2 </dev/null
+	' install "$forbid" "$policy" "$@" || status=$?
+	[[ -z $made ]] || rm -f "$policy"
+	rm -f "$forbid"
+	return "$status"
+}
+
+update_lists() {
+	apt-get update --quiet=2 >&2 </dev/null
+}
+
+architecture() {
+	dpkg --print-architecture
+}

@@ -1,0 +1,114 @@
+//go:build integration
+
+package integration
+
+import (
+	"archive/tar"
+	"bytes"
+	"compress/gzip"
+	"crypto/sha256"
+	"debug/elf"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// release builds the release of this tree into a new folder, from the given
+// copy of the tree and with an empty build cache.
+func release(t *testing.T, tree string) string {
+	t.Helper()
+	folder := t.TempDir()
+	cmd := exec.Command(filepath.Join(tree, "packaging", "release.sh"), folder)
+	cmd.Env = append(os.Environ(), "VERSION=v0.0.0-test", "SOURCE_DATE_EPOCH=1700000000", "GOCACHE="+t.TempDir())
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	return folder
+}
+
+// Two builds, from different paths and with nothing cached, are the same bytes,
+// and what they hold is static.
+func TestReleaseIsReproducibleAndStatic(t *testing.T) {
+	tree, err := filepath.Abs("..")
+	if err != nil {
+		t.Fatal(err)
+	}
+	other := t.TempDir()
+	if err := os.CopyFS(other, os.DirFS(tree)); err != nil {
+		t.Fatal(err)
+	}
+	first, second := release(t, tree), release(t, other)
+	archives, err := filepath.Glob(filepath.Join(first, "*.tar.gz"))
+	if err != nil || len(archives) != 5 {
+		t.Fatalf("archives %v, %v", archives, err)
+	}
+	sums, err := os.ReadFile(filepath.Join(first, "SHA256SUMS"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, archive := range archives {
+		name := filepath.Base(archive)
+		a, err := os.ReadFile(archive)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := os.ReadFile(filepath.Join(second, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(a, b) {
+			t.Errorf("%s differs between two builds", name)
+		}
+		if want := fmt.Sprintf("%x  %s\n", sha256.Sum256(a), name); !strings.Contains(string(sums), want) {
+			t.Errorf("SHA256SUMS has no %q", want)
+		}
+		inspect(t, name, a)
+	}
+}
+
+// inspect checks what an archive holds.
+func inspect(t *testing.T, name string, archive []byte) {
+	t.Helper()
+	unzipped, err := gzip.NewReader(bytes.NewReader(archive))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := map[string]bool{"libvirt-driver": true, "config.toml": true, "runner-config.toml": true}
+	for files := tar.NewReader(unzipped); ; {
+		header, err := files.Next()
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		base := filepath.Base(header.Name)
+		delete(want, base)
+		if base != "libvirt-driver" {
+			continue
+		}
+		binary, err := io.ReadAll(files)
+		if err != nil {
+			t.Fatal(err)
+		}
+		program, err := elf.NewFile(bytes.NewReader(binary))
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		for _, p := range program.Progs {
+			if p.Type == elf.PT_INTERP || p.Type == elf.PT_DYNAMIC {
+				t.Errorf("%s is dynamically linked: it has a %v", name, p.Type)
+			}
+		}
+		if !bytes.Contains(binary, []byte("v0.0.0-test")) {
+			t.Errorf("%s is not stamped with its version", name)
+		}
+	}
+	for file := range want {
+		t.Errorf("%s lacks %s", name, file)
+	}
+}

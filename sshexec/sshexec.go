@@ -1,0 +1,189 @@
+// Package sshexec runs scripts on a guest over SSH: it dials, authenticates
+// with one key, verifies the host key, feeds a script to a shell, streams what
+// the script writes and says how it ended.
+//
+// The package asks for one thing of an SSH server, a session that executes a
+// command. It never requests agent, port or X11 forwarding or a terminal, and
+// refuses whatever channel or request the server opens towards it.
+//
+// The errors tell four cases apart, because a caller treats each differently:
+//
+//   - [ErrUnreachable]: nobody answered yet; dialing again later makes sense.
+//   - [ErrKeyRejected] and [ErrHostKey]: somebody answered, and waiting longer
+//     will not help.
+//   - [ErrLost]: the connection ended before the script did; nothing is known
+//     about the script.
+//   - [*ExitError]: the script itself ended, and so.
+package sshexec
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/crypto/ssh"
+)
+
+var (
+	// ErrUnreachable says that no SSH server answered all the way: the
+	// connection was refused, found no route, ran into the context's end, or was
+	// closed in the middle of the handshake, as by a guest that is still booting.
+	ErrUnreachable = errors.New("no answer from an SSH server")
+
+	// ErrKeyRejected says that the server answered and did not accept the key.
+	ErrKeyRejected = errors.New("the server refused the key")
+
+	// ErrHostKey says that the server is not the one it was expected to be.
+	ErrHostKey = errors.New("the server's host key is not the expected one")
+
+	// ErrLost says that the connection ended before the exit status of a command
+	// had come.
+	ErrLost = errors.New("connection to the guest lost")
+)
+
+// Target says where a guest's SSH server is and how to log in to it.
+type Target struct {
+	Address string     // host:port
+	User    string     // the account on the guest
+	Key     ssh.Signer // the only key that is offered, see [LoadKey]
+
+	// HostKey is the one host key that is accepted, in the format of an
+	// authorized_keys or .pub file. Empty means that no key is known yet: then
+	// the first connection accepts the key that it is shown, and the caller
+	// keeps [Client.HostKey] for every later one.
+	HostKey string
+}
+
+// A Client is an authenticated connection to a guest's SSH server. One Client
+// is meant for one script: a cancelled [Client.Run] closes it.
+type Client struct {
+	addr    string
+	hostKey ssh.PublicKey
+	windows bool // the server runs on Windows: no POSIX shell, no /proc
+
+	conn *watchedConn
+	ssh  ssh.Conn
+	dead chan struct{} // closed once the connection is down
+
+	mu    sync.Mutex
+	cause error // why the connection went down; the first one counts
+}
+
+// HostKey returns the host key that was verified or, when [Target.HostKey] was
+// empty, the one that was seen, in the format of an authorized_keys file
+// without a comment.
+func (c *Client) HostKey() string {
+	return strings.TrimSpace(string(ssh.MarshalAuthorizedKey(c.hostKey)))
+}
+
+// Ping runs an empty command and so shows that the guest gives real sessions:
+// a server accepts keys some time before a login is possible, and an account
+// without a usable shell is accepted too. The end of ctx closes the Client.
+func (c *Client) Ping(ctx context.Context) error {
+	s, err := c.start(ctx, "exit 0")
+	if err != nil {
+		return fmt.Errorf("open a session on %s: %w", c.addr, err)
+	}
+	defer s.close()
+	var said excerpt
+	out := s.copyOutput(&said, &said)
+	defer out.mute()
+	s.ch.CloseWrite()
+	select {
+	case <-ctx.Done():
+		c.lose(context.Cause(ctx))
+		return fmt.Errorf("wait for an empty command on %s: %w", c.addr, ended(ctx))
+	case <-s.exited:
+	case <-s.gone:
+	}
+	if !s.hasExited() {
+		return fmt.Errorf("wait for an empty command on %s: %w", c.addr, c.lost())
+	}
+	if s.exit != nil {
+		out.wait(lastOutput)
+		return fmt.Errorf("run an empty command on %s: %w (the guest said %q): check the account's login shell", c.addr, s.exit, said.String())
+	}
+	return nil
+}
+
+// Abort closes the connection at once, as [Client.Close] does, and makes what
+// is running on it fail with an error that wraps both [ErrLost] and cause. It is
+// for a caller that knows better than the network that the guest is gone.
+func (c *Client) Abort(cause error) {
+	c.lose(cause)
+}
+
+// Close closes the connection. A script that is still running on it is not
+// ended on the guest: cancel [Client.Run] for that.
+func (c *Client) Close() error {
+	return c.lose(net.ErrClosed)
+}
+
+// lose closes the connection and keeps the first cause it was given.
+func (c *Client) lose(cause error) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.cause != nil {
+		return nil
+	}
+	c.cause = cause
+	return c.conn.Close()
+}
+
+// lost returns the error of a command whose channel ended without an exit
+// status.
+func (c *Client) lost() error {
+	// The channels of a connection that broke are closed just before the
+	// connection says why.
+	select {
+	case <-c.dead:
+	case <-time.After(time.Second):
+		return fmt.Errorf("%w: the server ended the session without an exit status", ErrLost)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if errors.Is(c.cause, io.EOF) {
+		return fmt.Errorf("%w: the guest closed it: %w", ErrLost, c.cause)
+	}
+	return fmt.Errorf("%w: %w", ErrLost, c.cause)
+}
+
+// ended returns the error of an operation that the end of ctx stopped. It wraps
+// the context's cause as well as its error.
+func ended(ctx context.Context) error {
+	err, cause := ctx.Err(), context.Cause(ctx)
+	if errors.Is(cause, err) {
+		return cause
+	}
+	return fmt.Errorf("%w (%w)", cause, err)
+}
+
+// A watchedConn knows when its peer was last heard of.
+type watchedConn struct {
+	net.Conn
+	start time.Time
+	heard atomic.Int64 // nanoseconds after start
+}
+
+func watch(conn net.Conn) *watchedConn {
+	return &watchedConn{Conn: conn, start: time.Now()}
+}
+
+func (w *watchedConn) Read(p []byte) (int, error) {
+	n, err := w.Conn.Read(p)
+	if n > 0 {
+		w.heard.Store(int64(time.Since(w.start)))
+	}
+	return n, err
+}
+
+// silence returns how long nothing has come from the peer.
+func (w *watchedConn) silence() time.Duration {
+	return time.Since(w.start) - time.Duration(w.heard.Load())
+}
