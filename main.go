@@ -116,7 +116,10 @@ func command(name, usage, argsUsage, help string, do stage) *cli.Command {
 				return nil
 			}
 			code, unsaid := environment.Exit(err)
-			log.Error(fmt.Errorf("%s: %w", name, errors.Join(err, unsaid)))
+			// A script has had its own say, and the runner reports its exit code.
+			if !gitlab.IsScriptFailure(err) || unsaid != nil {
+				log.Error(fmt.Errorf("%s: %w", name, errors.Join(err, unsaid)))
+			}
 			return cli.Exit("", code)
 		},
 	}

@@ -52,10 +52,16 @@ func (s *Stage) Run(ctx context.Context, script string) error {
 		Script: text,
 		Stdout: s.Stdout,
 		Stderr: s.Stderr,
+		Lingering: func() {
+			s.Log.Note("the script has ended, but a process that it left in the background keeps its output open: not waited for")
+		},
 	})
 	var exit *sshexec.ExitError
 	switch {
 	case errors.As(err, &exit) && s.alive(watched, shell):
+		if exit.Signal != "" {
+			s.Log.Note("the script was ended by signal %s", exit.Signal)
+		}
 		return &gitlab.BuildError{Err: exit, ExitCode: exit.Code}
 	case err != nil:
 		return s.explain(ctx, watched, m, err)
@@ -103,7 +109,7 @@ func (s *Stage) alive(ctx context.Context, shell Shell) bool {
 // is lost, or else the connection alone.
 func (s *Stage) explain(ctx, watched context.Context, m machine, err error) error {
 	if ctx.Err() != nil {
-		return fmt.Errorf("%w: the script was ended", context.Cause(ctx))
+		return err
 	}
 	select {
 	case <-watched.Done():

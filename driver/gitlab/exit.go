@@ -19,6 +19,12 @@ type BuildError struct {
 func (e *BuildError) Error() string { return e.Err.Error() }
 func (e *BuildError) Unwrap() error { return e.Err }
 
+// IsScriptFailure reports whether err is the failure of a job's script.
+func IsScriptFailure(err error) bool {
+	var build *BuildError
+	return errors.As(err, &build) && build.ExitCode != 0
+}
+
 // ClearExitCode removes the exit code that an earlier sub-stage left. The
 // runner never does, and would take it for this one's.
 func (e *Environment) ClearExitCode() error {
