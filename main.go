@@ -140,6 +140,10 @@ func perform(c *cli.Context, environment *gitlab.Environment, log *gitlab.Log, d
 	if err != nil {
 		return fmt.Errorf("settings:\n%w", err)
 	}
+	locks, err := driver.LockDir()
+	if err != nil {
+		return err
+	}
 	connection := hypervisor.New(configured.URI, configured.Socket)
 	defer connection.Close()
 	return do(c.Context, &driver.Stage{
@@ -149,6 +153,7 @@ func perform(c *cli.Context, environment *gitlab.Environment, log *gitlab.Log, d
 		Connect: func(ctx context.Context, target sshexec.Target) (driver.Shell, error) {
 			return sshexec.Dial(ctx, target)
 		},
+		LockDir: locks,
 		Log:     log,
 		Stdout:  os.Stdout,
 		Stderr:  os.Stderr,

@@ -20,6 +20,14 @@ func (s *Stage) Cleanup(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	limit := s.Settings.Timeouts.Destroy
+	waiting, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("not free after %v (timeouts.destroy)", limit))
+	defer cancel()
+	unlock, err := s.lock(waiting, job.Machine())
+	if err != nil {
+		return err
+	}
+	defer unlock()
 	_, err = s.removeWithin(ctx, job.Machine(), job)
 	return err
 }

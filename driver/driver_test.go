@@ -261,3 +261,33 @@ func FuzzPrintable(f *testing.F) {
 		}
 	})
 }
+
+func TestStagesOfOneMachineWaitForEachOther(t *testing.T) {
+	s := newStage(t, nil)
+	unlock, err := s.tryLock(machineName)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.tryLock(machineName); !errors.Is(err, errLocked) {
+		t.Errorf("locked twice: %v", err)
+	}
+	if _, err := s.tryLock(machineName + "0"); err != nil {
+		t.Errorf("another machine: %v", err)
+	}
+	done := make(chan error)
+	go func() { done <- s.Cleanup(context.Background()) }()
+	unlock()
+	if err := <-done; err != nil {
+		t.Errorf("cleanup after the lock is free: %v", err)
+	}
+	told := errors.New("told to stop")
+	ctx, cancel := context.WithCancelCause(context.Background())
+	cancel(told)
+	if unlock, err = s.tryLock(machineName); err != nil {
+		t.Fatal(err)
+	}
+	defer unlock()
+	if err := s.Cleanup(ctx); !errors.Is(err, told) {
+		t.Errorf("cleanup told to stop while it waits: %v", err)
+	}
+}

@@ -202,7 +202,7 @@ func newStage(t *testing.T, vars map[string]string) *stage {
 	configured.Images["default"] = image
 	s.Stage = &Stage{
 		Settings: configured, Environment: environment, Hypervisor: s.host,
-		Log: gitlab.NewLog(&s.log, true), Version: "1.2.3",
+		LockDir: s.dir, Log: gitlab.NewLog(&s.log, true), Version: "1.2.3",
 		Connect: func(context.Context, sshexec.Target) (Shell, error) { return &shell{}, nil },
 	}
 	return s

@@ -23,6 +23,8 @@ type Stage struct {
 	Hypervisor  Hypervisor
 	// Connect opens an SSH session to a guest.
 	Connect func(context.Context, sshexec.Target) (Shell, error)
+	// LockDir is the folder for the locks of machines; see [LockDir].
+	LockDir string
 	// Log takes the driver's own lines for the job log.
 	Log *gitlab.Log
 	// Stdout and Stderr take what the job's script writes.
