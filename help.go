@@ -58,3 +58,21 @@ by the driver is left alone.
 Reads the settings uri, socket, log_dir, timeouts.destroy, and the pools of all images.
 
 Exits with 0, or with $SYSTEM_FAILURE_EXIT_CODE when something is left, which it names.`
+
+const listHelp = `Prints one line for each of the driver's machines, the oldest first: its job and project, its image,
+its age, the state of its domain, the guest's address, and what its disk takes of the host's. A domain
+without a volume has the disk "none", a volume without a domain the state "no domain".
+
+Exits with 0, or with 1 when libvirt cannot be asked.`
+
+const gcHelp = `Removes the machines whose jobs are over, with their volumes, NVRAM, leases and logs, and says why:
+
+  - those older than AGE, which must be more than any job may take;
+  - those whose runner, the process that called prepare, is gone, as after a crash or a restart of the
+    host, once no stage of the job has been at work for 5 minutes;
+  - volumes of such machines that have lost their domain.
+
+Only what has a machine's name is looked at: domains that carry the driver's metadata, and volumes in
+the pools of the settings. A machine on which a stage is at work making or removing it is left alone.
+
+Exits with 0, or with 1 when something could not be looked at or removed.`

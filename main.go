@@ -71,6 +71,8 @@ func app() *cli.App {
 				func(ctx context.Context, s *driver.Stage, args []string) error { return s.Run(ctx, args[0]) }),
 			command("cleanup", "remove the job's machine and all that belongs to it (cleanup_exec)", "", cleanupHelp,
 				func(ctx context.Context, s *driver.Stage, _ []string) error { return s.Cleanup(ctx) }),
+			listCommand(),
+			gcCommand(),
 			{
 				Name:            "version",
 				Usage:           "print the driver's version",
@@ -140,23 +142,33 @@ func perform(c *cli.Context, environment *gitlab.Environment, log *gitlab.Log, d
 	if err != nil {
 		return fmt.Errorf("settings:\n%w", err)
 	}
-	locks, err := driver.LockDir()
+	host, err := newHost(configured, log)
 	if err != nil {
 		return err
 	}
-	connection := hypervisor.New(configured.URI, configured.Socket)
-	defer connection.Close()
+	defer host.Hypervisor.Close()
 	return do(c.Context, &driver.Stage{
-		Settings:    configured,
+		Host:        *host,
 		Environment: environment,
-		Hypervisor:  connection,
 		Connect: func(ctx context.Context, target sshexec.Target) (driver.Shell, error) {
 			return sshexec.Dial(ctx, target)
 		},
-		LockDir: locks,
-		Log:     log,
 		Stdout:  os.Stdout,
 		Stderr:  os.Stderr,
 		Version: version,
 	}, c.Args().Slice())
+}
+
+// newHost returns the host as the settings have it. Nothing is dialled yet.
+func newHost(configured *settings.Settings, log *gitlab.Log) (*driver.Host, error) {
+	locks, err := driver.LockDir()
+	if err != nil {
+		return nil, err
+	}
+	return &driver.Host{
+		Settings:   configured,
+		Hypervisor: hypervisor.New(configured.URI, configured.Socket),
+		LockDir:    locks,
+		Log:        log,
+	}, nil
 }

@@ -32,6 +32,8 @@ type Metadata struct {
 	Network string `xml:"network"`
 	// Created is when prepare made the machine, in UTC, to the second.
 	Created time.Time `xml:"created"`
+	// Owner is the process that had the machine made.
+	Owner string `xml:"owner,omitempty"`
 	// Address and HostKey are where the guest's SSH server was found and the
 	// key that it showed, in authorized_keys format. Empty until prepare has
 	// reached it.

@@ -28,18 +28,20 @@ func (s *Stage) Cleanup(ctx context.Context) error {
 		return err
 	}
 	defer unlock()
-	_, err = s.removeWithin(ctx, job.Machine(), job)
-	return err
+	if _, err := s.removeWithin(ctx, job.Machine(), job); err != nil {
+		return err
+	}
+	return s.forget(job.Machine())
 }
 
 // removeWithin removes a job's machine, again and again until it is gone or the
 // time is up, and reports whether there was anything.
-func (s *Stage) removeWithin(ctx context.Context, name string, job gitlab.Job) (found bool, err error) {
-	limit := s.Settings.Timeouts.Destroy
+func (h *Host) removeWithin(ctx context.Context, name string, job gitlab.Job) (found bool, err error) {
+	limit := h.Settings.Timeouts.Destroy
 	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("not done after %v (timeouts.destroy)", limit))
 	defer cancel()
 	for try := 0; ; try++ {
-		some, left := s.remove(ctx, name, job)
+		some, left := h.remove(ctx, name, job)
 		found = found || some
 		switch {
 		case len(left.things) == 0 && left.err == nil:
@@ -84,13 +86,13 @@ func (l *leftover) report(cause error) error {
 // remove makes one attempt to remove a job's machine. The domain's definition
 // goes last: it names the volume, so that an attempt cut short is not the last
 // that knows of it.
-func (s *Stage) remove(ctx context.Context, name string, job gitlab.Job) (found bool, left leftover) {
-	text, found, err := s.Hypervisor.Metadata(ctx, name, domainxml.Namespace)
+func (h *Host) remove(ctx context.Context, name string, job gitlab.Job) (found bool, left leftover) {
+	text, found, err := h.Hypervisor.Metadata(ctx, name, domainxml.Namespace)
 	if err != nil {
 		left.add(err, "domain %s", name)
 		return found, left
 	}
-	pools, networks := s.Settings.Pools(), s.Settings.Networks()
+	pools, networks := h.Settings.Pools(), h.Settings.Networks()
 	if found {
 		metadata, err := domainxml.ParseMetadata(text)
 		if text == "" || err != nil || metadata.Job != job.ID || metadata.Project != job.Project {
@@ -99,26 +101,26 @@ func (s *Stage) remove(ctx context.Context, name string, job gitlab.Job) (found 
 		}
 		// What the settings said when the machine was made still counts.
 		pools, networks = with(pools, metadata.Pool), with(networks, metadata.Network)
-		if err := s.Hypervisor.DestroyDomain(ctx, name); err != nil {
+		if err := h.Hypervisor.DestroyDomain(ctx, name); err != nil {
 			left.add(err, "domain %s", name)
 			return found, left
 		}
 	}
 	for _, pool := range pools {
-		some, err := s.Hypervisor.DeleteVolume(ctx, pool, volumeName(name))
+		some, err := h.Hypervisor.DeleteVolume(ctx, pool, volumeName(name))
 		found = found || some
 		left.add(err, "volume %s in pool %s", volumeName(name), pool)
 	}
 	for _, network := range networks {
 		// A lease that cannot be given back ends by itself.
-		if err := s.Hypervisor.ReleaseLeases(ctx, network, macAddress(name)); err != nil {
-			s.Log.Note("%v: it ends by itself", err)
+		if err := h.Hypervisor.ReleaseLeases(ctx, network, macAddress(name)); err != nil {
+			h.Log.Note("%v: it ends by itself", err)
 		}
 	}
 	if len(left.things) == 0 {
-		left.add(s.Hypervisor.UndefineDomain(ctx, name), "domain %s", name)
+		left.add(h.Hypervisor.UndefineDomain(ctx, name), "domain %s", name)
 	}
-	left.add(s.removeLogs(name), "logs in %s", s.Settings.LogDir)
+	left.add(h.removeLogs(name), "logs in %s", h.Settings.LogDir)
 	return found, left
 }
 

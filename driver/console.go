@@ -81,9 +81,9 @@ func printable(text string) []string {
 // the backups that virtlogd makes of a long one, and libvirt's own log of its
 // QEMU. A driver that may not is no reason to fail: libvirt's log rotation has
 // them too.
-func (s *Stage) removeLogs(machine string) error {
+func (h *Host) removeLogs(machine string) error {
 	var left []error
-	for _, log := range []string{s.consoleLog(machine), qemuLog(machine)} {
+	for _, log := range []string{h.consoleLog(machine), qemuLog(machine)} {
 		for _, suffix := range []string{"", ".0", ".1", ".2", ".3"} {
 			err := os.Remove(log + suffix)
 			if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, fs.ErrPermission) {

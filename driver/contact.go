@@ -33,7 +33,10 @@ func (s *Stage) contactPath() string {
 // handOver leaves the contact for the sub-stages: in the job's temporary folder
 // and, for people and other calls, in the domain's metadata.
 func (s *Stage) handOver(ctx context.Context, m machine, c contact) error {
-	metadata := m.metadata()
+	metadata, err := m.metadata()
+	if err != nil {
+		return err
+	}
 	metadata.Address, metadata.HostKey = c.Address, c.HostKey
 	text, err := metadata.Element()
 	if err != nil {

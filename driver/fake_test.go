@@ -12,6 +12,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"libvirt-driver/domainxml"
 	"libvirt-driver/driver/gitlab"
@@ -30,6 +31,7 @@ type host struct {
 	state    hypervisor.State
 	stopped  chan struct{} // closed when state is no longer Running
 	failures map[string]error
+	modified time.Time // of every volume
 }
 
 func newHost() *host {
@@ -89,6 +91,24 @@ func (h *host) DeleteVolume(_ context.Context, pool, name string) (bool, error) 
 	return found, nil
 }
 
+func (h *host) Volumes(_ context.Context, pool string) ([]hypervisor.Volume, error) {
+	var volumes []hypervisor.Volume
+	for path := range h.volumes {
+		if p, name, _ := strings.Cut(path, "/"); p == pool {
+			volumes = append(volumes, hypervisor.Volume{Pool: p, Name: name, Allocation: 1 << 20, Modified: h.modified})
+		}
+	}
+	return volumes, h.note("Volumes", pool)
+}
+
+func (h *host) Domains(context.Context, string) ([]hypervisor.Domain, error) {
+	var domains []hypervisor.Domain
+	for name, metadata := range h.domains {
+		domains = append(domains, hypervisor.Domain{Name: name, State: h.state, Metadata: metadata})
+	}
+	return domains, h.note("Domains")
+}
+
 func (h *host) DefineDomain(_ context.Context, name, xml string) error {
 	h.domains[name] = xml
 	return h.note("DefineDomain", name)
@@ -113,6 +133,8 @@ func (h *host) SetMetadata(_ context.Context, name, _, _, text string) error {
 	h.domains[name] = text
 	return h.note("SetMetadata", name)
 }
+
+func (h *host) Close() {}
 
 func (h *host) State(context.Context, string) (hypervisor.State, error) { return h.state, nil }
 
@@ -201,8 +223,8 @@ func newStage(t *testing.T, vars map[string]string) *stage {
 	image.Key = testKey(t)
 	configured.Images["default"] = image
 	s.Stage = &Stage{
-		Settings: configured, Environment: environment, Hypervisor: s.host,
-		LockDir: s.dir, Log: gitlab.NewLog(&s.log, true), Version: "1.2.3",
+		Host:        Host{Settings: configured, Hypervisor: s.host, LockDir: s.dir, Log: gitlab.NewLog(&s.log, true)},
+		Environment: environment, Version: "1.2.3",
 		Connect: func(context.Context, sshexec.Target) (Shell, error) { return &shell{}, nil },
 	}
 	return s

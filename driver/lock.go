@@ -12,9 +12,9 @@ import (
 // lock keeps everyone else from making or removing a machine: other stages of
 // the same job, which GitLab Runner may start while an earlier one still ends,
 // and gc. It is the kernel's, so a process that dies holds none.
-func (s *Stage) lock(ctx context.Context, machine string) (unlock func(), err error) {
+func (h *Host) lock(ctx context.Context, machine string) (unlock func(), err error) {
 	for try := 0; ; try++ {
-		unlock, err := s.tryLock(machine)
+		unlock, err := h.tryLock(machine)
 		if !errors.Is(err, errLocked) {
 			return unlock, err
 		}
@@ -29,11 +29,11 @@ func (s *Stage) lock(ctx context.Context, machine string) (unlock func(), err er
 var errLocked = errors.New("another process works on it")
 
 // tryLock locks a machine at once or returns errLocked.
-func (s *Stage) tryLock(machine string) (unlock func(), err error) {
-	if err := os.MkdirAll(s.LockDir, 0o700); err != nil {
+func (h *Host) tryLock(machine string) (unlock func(), err error) {
+	if err := os.MkdirAll(h.LockDir, 0o700); err != nil {
 		return nil, fmt.Errorf("make a folder for locks: %w", err)
 	}
-	path := filepath.Join(s.LockDir, machine+".lock")
+	path := filepath.Join(h.LockDir, machine+".lock")
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|syscall.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("lock the machine: %w", err)

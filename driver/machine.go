@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"libvirt-driver/driver/gitlab"
 	"libvirt-driver/driver/settings"
@@ -28,6 +29,8 @@ type machine struct {
 	// volume is the overlay's name.
 	volume string
 	mac    string
+	// made is when this attempt at it began.
+	made time.Time
 }
 
 // plan works out the job's machine.
@@ -53,7 +56,7 @@ func (s *Stage) plan() (machine, error) {
 		return machine{}, &gitlab.BuildError{Err: fmt.Errorf("job variable LIBVIRT_DRIVER_%s: %w", field(err), err)}
 	}
 	name := job.Machine()
-	return machine{job: job, name: name, image: image, volume: volumeName(name), mac: macAddress(name)}, nil
+	return machine{job: job, name: name, image: image, volume: volumeName(name), mac: macAddress(name), made: time.Now()}, nil
 }
 
 // field returns which part of its machine's size a job cannot have.
@@ -83,8 +86,11 @@ func (s *Stage) identify() (gitlab.Job, error) {
 	return job, nil
 }
 
+// volumeSuffix is what an overlay's name has more than its machine's.
+const volumeSuffix = ".qcow2"
+
 // volumeName returns the name of a machine's overlay.
-func volumeName(machine string) string { return machine + ".qcow2" }
+func volumeName(machine string) string { return machine + volumeSuffix }
 
 // macAddress returns a machine's MAC address. It follows from the name, so that
 // a second attempt at the same job does not take a second lease. 52:54 begins
@@ -97,8 +103,8 @@ func macAddress(machine string) string {
 
 // consoleLog returns the host's file with what a guest wrote to its serial
 // console.
-func (s *Stage) consoleLog(machine string) string {
-	return filepath.Join(s.Settings.LogDir, machine+"-console.log")
+func (h *Host) consoleLog(machine string) string {
+	return filepath.Join(h.Settings.LogDir, machine+"-console.log")
 }
 
 // qemuLog returns the host's file in which libvirt itself logs a machine's QEMU.

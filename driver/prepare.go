@@ -23,7 +23,11 @@ func (s *Stage) Prepare(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	started := time.Now()
+	done, err := s.atWork(m.name)
+	if err != nil {
+		return err
+	}
+	defer done()
 	s.introduce(m)
 
 	if err := s.create(ctx, m); err != nil {
@@ -37,7 +41,7 @@ func (s *Stage) Prepare(ctx context.Context) error {
 	if err := s.handOver(ctx, m, contact); err != nil {
 		return err
 	}
-	s.Log.Title("The machine is ready after %.1f s.", time.Since(started).Seconds())
+	s.Log.Title("The machine is ready after %.1f s.", time.Since(m.made).Seconds())
 	return nil
 }
 
@@ -155,6 +159,10 @@ func (s *Stage) startMachine(ctx context.Context, m machine, disk disk) (hypervi
 	if err != nil {
 		return host, err
 	}
+	metadata, err := m.metadata()
+	if err != nil {
+		return host, err
+	}
 	text, err := domainxml.Machine{
 		Name: m.name,
 		Host: domainxml.Host{
@@ -172,7 +180,7 @@ func (s *Stage) startMachine(ctx context.Context, m machine, disk disk) (hypervi
 		Network:    m.image.Network,
 		MAC:        m.mac,
 		ConsoleLog: s.consoleLog(m.name),
-		Metadata:   m.metadata(),
+		Metadata:   metadata,
 	}.XML()
 	if err != nil {
 		return host, err
@@ -192,9 +200,11 @@ func bootsByUEFI(image settings.Image, arch string) bool {
 	return image.Firmware == settings.FirmwareUEFI
 }
 
-func (m machine) metadata() domainxml.Metadata {
+func (m machine) metadata() (domainxml.Metadata, error) {
+	owner, err := caller()
 	return domainxml.Metadata{
 		Job: m.job.ID, Project: m.job.Project, Runner: m.job.Runner, JobURL: m.job.URL,
-		Image: m.image.Name, Pool: m.image.Pool, Volume: m.volume, Network: m.image.Network, Created: time.Now(),
-	}
+		Image: m.image.Name, Pool: m.image.Pool, Volume: m.volume, Network: m.image.Network,
+		Created: m.made, Owner: owner.String(),
+	}, err
 }

@@ -27,6 +27,11 @@ func (s *Stage) Run(ctx context.Context, script string) error {
 	if err != nil {
 		return err
 	}
+	done, err := s.atWork(m.name)
+	if err != nil {
+		return err
+	}
+	defer done()
 	text, err := os.Open(script)
 	if err != nil {
 		return fmt.Errorf("open the script: %w", err)

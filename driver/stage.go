@@ -16,17 +16,23 @@ import (
 	"libvirt-driver/sshexec"
 )
 
-// Stage is one call of the driver by GitLab Runner.
-type Stage struct {
-	Settings    *settings.Settings
-	Environment *gitlab.Environment
-	Hypervisor  Hypervisor
-	// Connect opens an SSH session to a guest.
-	Connect func(context.Context, sshexec.Target) (Shell, error)
+// Host is a host with the driver's machines on it, as stages and an
+// administrator's commands see it.
+type Host struct {
+	Settings   *settings.Settings
+	Hypervisor Hypervisor
 	// LockDir is the folder for the locks of machines; see [LockDir].
 	LockDir string
-	// Log takes the driver's own lines for the job log.
+	// Log takes the driver's own lines.
 	Log *gitlab.Log
+}
+
+// Stage is one call of the driver by GitLab Runner.
+type Stage struct {
+	Host
+	Environment *gitlab.Environment
+	// Connect opens an SSH session to a guest.
+	Connect func(context.Context, sshexec.Target) (Shell, error)
 	// Stdout and Stderr take what the job's script writes.
 	Stdout, Stderr io.Writer
 	// Version is the driver's own.
@@ -41,6 +47,9 @@ type Hypervisor interface {
 	CreateOverlay(ctx context.Context, name string, base hypervisor.Volume, format string, capacity uint64) (hypervisor.Volume, error)
 	DeleteVolume(ctx context.Context, pool, name string) (found bool, err error)
 
+	Volumes(ctx context.Context, pool string) ([]hypervisor.Volume, error)
+
+	Domains(ctx context.Context, namespace string) ([]hypervisor.Domain, error)
 	DefineDomain(ctx context.Context, name, xml string) error
 	StartDomain(ctx context.Context, name string) error
 	DestroyDomain(ctx context.Context, name string) error
@@ -54,6 +63,8 @@ type Hypervisor interface {
 	Leases(ctx context.Context, network, mac string) ([]hypervisor.Lease, error)
 	ReleaseLeases(ctx context.Context, network, mac string) error
 	Addresses(ctx context.Context, domain, mac string, source hypervisor.AddressSource) ([]netip.Addr, error)
+
+	Close()
 }
 
 // Shell is what the stages need of a guest. [sshexec.Client] has it.

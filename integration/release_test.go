@@ -77,7 +77,8 @@ func inspect(t *testing.T, name string, archive []byte) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := map[string]bool{"libvirt-driver": true, "config.toml": true, "runner-config.toml": true}
+	want := map[string]bool{"libvirt-driver": true, "config.toml": true, "runner-config.toml": true,
+		"libvirt-driver-gc.service": true, "libvirt-driver-gc.timer": true}
 	for files := tar.NewReader(unzipped); ; {
 		header, err := files.Next()
 		if err == io.EOF {

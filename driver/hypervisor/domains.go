@@ -7,6 +7,48 @@ import (
 	"github.com/digitalocean/go-libvirt"
 )
 
+// Domain is a domain as a list of them shows it.
+type Domain struct {
+	Name  string
+	State State
+	// Metadata is the element in the namespace that was asked for.
+	Metadata string
+}
+
+// Domains returns the domains, running or not, that carry an element in
+// namespace.
+//
+// https://libvirt.org/html/libvirt-libvirt-domain.html#virConnectListAllDomains
+func (c *Connection) Domains(ctx context.Context, namespace string) ([]Domain, error) {
+	var domains []Domain
+	err := c.do(ctx, func(rpc *libvirt.Libvirt) error {
+		domains = nil
+		found, _, err := rpc.ConnectListAllDomains(1, 0)
+		if err != nil {
+			return err
+		}
+		for _, domain := range found {
+			text, err := rpc.DomainGetMetadata(domain, int32(libvirt.DomainMetadataElement), libvirt.OptString{namespace}, libvirt.DomainAffectCurrent)
+			if is(err, libvirt.ErrNoDomain) || is(err, libvirt.ErrNoDomainMetadata) {
+				continue // undefined meanwhile, or not of this kind
+			}
+			if err != nil {
+				return err
+			}
+			state, reason, err := rpc.DomainGetState(domain, 0)
+			if is(err, libvirt.ErrNoDomain) {
+				continue
+			}
+			if err != nil {
+				return err
+			}
+			domains = append(domains, Domain{domain.Name, newState(libvirt.DomainState(state), reason), text})
+		}
+		return nil
+	})
+	return domains, wrap(err, "list domains")
+}
+
 // DefineDomain defines a domain from its XML, or defines it anew.
 //
 // https://libvirt.org/html/libvirt-libvirt-domain.html#virDomainDefineXMLFlags

@@ -3,6 +3,8 @@ package hypervisor
 import (
 	"context"
 	"fmt"
+	"strconv"
+	"time"
 
 	"github.com/digitalocean/go-libvirt"
 	"libvirt.org/go/libvirtxml"
@@ -13,8 +15,11 @@ type Volume struct {
 	Pool, Name string
 	// Path is the volume's file on the host.
 	Path string
-	// Capacity is what a guest sees, in bytes.
-	Capacity uint64
+	// Capacity is what a guest sees, in bytes, and Allocation what it takes of
+	// the host's disk. Allocation is known only of Volumes.
+	Capacity, Allocation uint64
+	// Modified is when the volume was last written to. Known only of Volumes.
+	Modified time.Time
 }
 
 // Volume looks a volume up by name. A pool that does not know it is refreshed
@@ -47,6 +52,68 @@ func (c *Connection) Volume(ctx context.Context, pool, name string) (Volume, err
 		return err
 	})
 	return v, wrap(err, "volume %s in pool %s", name, pool)
+}
+
+// Volumes returns all volumes of a pool. A pool that does not exist has none;
+// ErrInactive when it is not running.
+//
+// https://libvirt.org/html/libvirt-libvirt-storage.html#virStoragePoolListAllVolumes
+func (c *Connection) Volumes(ctx context.Context, pool string) ([]Volume, error) {
+	var volumes []Volume
+	err := c.do(ctx, func(rpc *libvirt.Libvirt) error {
+		volumes = nil
+		p, err := rpc.StoragePoolLookupByName(pool)
+		if err != nil {
+			return err
+		}
+		found, _, err := rpc.StoragePoolListAllVolumes(p, 1, 0)
+		if err != nil {
+			return err
+		}
+		for _, vol := range found {
+			text, err := rpc.StorageVolGetXMLDesc(vol, 0)
+			if is(err, libvirt.ErrNoStorageVol) {
+				continue // deleted meanwhile
+			}
+			if err != nil {
+				return err
+			}
+			v, err := parseVolume(pool, text)
+			if err != nil {
+				return fmt.Errorf("volume %s: %w", vol.Name, err)
+			}
+			volumes = append(volumes, v)
+		}
+		return nil
+	})
+	if is(err, libvirt.ErrNoStoragePool) {
+		return nil, nil
+	}
+	return volumes, wrap(err, "list volumes of pool %s", pool)
+}
+
+func parseVolume(pool, text string) (Volume, error) {
+	var doc libvirtxml.StorageVolume
+	if err := doc.Unmarshal(text); err != nil {
+		return Volume{}, err
+	}
+	v := Volume{Pool: pool, Name: doc.Name}
+	if doc.Capacity != nil {
+		v.Capacity = doc.Capacity.Value
+	}
+	if doc.Allocation != nil {
+		v.Allocation = doc.Allocation.Value
+	}
+	if target := doc.Target; target != nil {
+		v.Path = target.Path
+		if target.Timestamps != nil {
+			// Seconds with a fraction, since 1970.
+			if seconds, err := strconv.ParseFloat(target.Timestamps.Mtime, 64); err == nil {
+				v.Modified = time.Unix(int64(seconds), 0)
+			}
+		}
+	}
+	return v, nil
 }
 
 // CreateOverlay creates an empty qcow2 volume in base's pool that shows base,

@@ -1,0 +1,162 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"text/tabwriter"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"libvirt-driver/driver"
+	"libvirt-driver/driver/gitlab"
+	"libvirt-driver/driver/settings"
+)
+
+// The commands of an administrator. Tables and JSON go to standard output,
+// everything else to standard error.
+
+var jsonFlag = &cli.BoolFlag{Name: "json", Usage: "print JSON in place of a table"}
+
+func listCommand() *cli.Command {
+	return &cli.Command{
+		Name:            "list",
+		Usage:           "show the driver's machines on this host",
+		UsageText:       "libvirt-driver [--config FILE] list [--json]",
+		Description:     listHelp,
+		HideHelpCommand: true,
+		OnUsageError:    usageError,
+		Flags:           []cli.Flag{jsonFlag},
+		Action: onHost(func(c *cli.Context, host *driver.Host) error {
+			machines, err := host.List(c.Context)
+			if err != nil {
+				return err
+			}
+			if c.Bool("json") {
+				return printJSON(os.Stdout, machines)
+			}
+			return printMachines(os.Stdout, machines)
+		}),
+	}
+}
+
+func gcCommand() *cli.Command {
+	return &cli.Command{
+		Name:            "gc",
+		Usage:           "remove the machines whose jobs are over",
+		UsageText:       "libvirt-driver [--config FILE] gc [--older-than AGE] [--dry-run] [--json]",
+		Description:     gcHelp,
+		HideHelpCommand: true,
+		OnUsageError:    usageError,
+		Flags: []cli.Flag{
+			&cli.DurationFlag{Name: "older-than", Usage: "remove machines older than `AGE`, whatever they do", Value: 24 * time.Hour},
+			&cli.BoolFlag{Name: "dry-run", Usage: "only say what would be removed"},
+			jsonFlag,
+		},
+		Action: onHost(func(c *cli.Context, host *driver.Host) error {
+			age := c.Duration("older-than")
+			if age < time.Minute {
+				return fmt.Errorf("--older-than %v: jobs that run would lose their machines; give a minute or more", age)
+			}
+			collected, err := host.Collect(c.Context, age, c.Bool("dry-run"))
+			if c.Bool("json") {
+				if printed := printJSON(os.Stdout, collected); printed != nil {
+					return printed
+				}
+				return err
+			}
+			for _, each := range collected {
+				printCollection(os.Stdout, each, c.Bool("dry-run"))
+			}
+			return err
+		}),
+	}
+}
+
+// onHost makes the action of an administrator's command.
+func onHost(do func(*cli.Context, *driver.Host) error) cli.ActionFunc {
+	return func(c *cli.Context) error {
+		if c.NArg() != 0 {
+			return fmt.Errorf("%s takes no arguments: see libvirt-driver %s --help", c.Command.Name, c.Command.Name)
+		}
+		configured, err := settings.Load(c.String("config"))
+		if err != nil {
+			return failed(c, fmt.Errorf("settings:\n%w", err))
+		}
+		host, err := newHost(configured, gitlab.NewLog(os.Stderr, true))
+		if err != nil {
+			return failed(c, err)
+		}
+		defer host.Hypervisor.Close()
+		if err := do(c, host); err != nil {
+			return failed(c, err)
+		}
+		return nil
+	}
+}
+
+// failed reports why an administrator's command did not do what it should.
+func failed(c *cli.Context, err error) error {
+	fmt.Fprintf(os.Stderr, "libvirt-driver: %s: %v\n", c.Command.Name, err)
+	return cli.Exit("", 1)
+}
+
+// printMachines prints machines as a table of at most 100 columns.
+func printMachines(w io.Writer, machines []driver.Machine) error {
+	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(table, "JOB\tPROJECT\tIMAGE\tAGE\tSTATE\tADDRESS\tDISK")
+	for _, m := range machines {
+		disk := "none"
+		if m.Volume != "" {
+			disk = settings.FormatSize(m.Disk &^ (1<<20 - 1))
+		}
+		fmt.Fprintf(table, "%d\t%d\t%s\t%s\t%s\t%s\t%s\n", m.Job, m.Project, dash(clip(m.Image, 20)), age(m.Created),
+			clip(m.State, 28), dash(clip(m.Address, 21)), disk)
+	}
+	return table.Flush()
+}
+
+func printCollection(w io.Writer, c driver.Collection, dryRun bool) {
+	switch {
+	case dryRun:
+		fmt.Fprintf(w, "would remove %s: %s\n", c.Machine.Name, c.Why)
+	case c.Removed:
+		fmt.Fprintf(w, "removed %s: %s\n", c.Machine.Name, c.Why)
+	}
+}
+
+func printJSON(w io.Writer, v any) error {
+	enc := json.NewEncoder(w)
+	enc.SetIndent("", "  ")
+	return enc.Encode(v)
+}
+
+// age returns how long ago a machine was made, as people say it.
+func age(made time.Time) string {
+	d := time.Since(made)
+	switch {
+	case d < time.Minute:
+		return fmt.Sprintf("%ds", int(d.Seconds()))
+	case d < time.Hour:
+		return fmt.Sprintf("%dm", int(d.Minutes()))
+	case d < 48*time.Hour:
+		return fmt.Sprintf("%dh%02dm", int(d.Hours()), int(d.Minutes())%60)
+	}
+	return fmt.Sprintf("%dd", int(d.Hours()/24))
+}
+
+func dash(text string) string {
+	if text == "" {
+		return "-"
+	}
+	return text
+}
+
+func clip(text string, width int) string {
+	if runes := []rune(text); len(runes) > width {
+		return string(runes[:width-1]) + "…"
+	}
+	return text
+}

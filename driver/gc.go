@@ -1,0 +1,113 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+)
+
+// quiet is for how long no stage of a machine must have been at work before its
+// runner being gone counts. Between two stages of a living job pass
+// milliseconds; the rest is for a caller that is no runner but a wrapper, gone
+// after each stage.
+const quiet = 5 * time.Minute
+
+// Collection is what gc made of one machine that it found.
+type Collection struct {
+	Machine Machine `json:"machine"`
+	// Why says why the machine's job is over.
+	Why string `json:"why"`
+	// Removed is false after a dry run and when Err is set.
+	Removed bool   `json:"removed"`
+	Err     string `json:"error,omitempty"`
+}
+
+// Collect removes the machines whose jobs are over: those older than maxAge,
+// and those whose runner is proven to be gone and of which no stage has been at
+// work for a while. With dryRun it only says which. A machine that someone
+// works on at this moment is left alone. The error tells that some could not be
+// looked at or removed.
+func (h *Host) Collect(ctx context.Context, maxAge time.Duration, dryRun bool) ([]Collection, error) {
+	machines, err := h.List(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var done []Collection
+	var failures []error
+	for _, machine := range machines {
+		c, err := h.collect(ctx, machine, maxAge, dryRun)
+		if err != nil {
+			failures = append(failures, fmt.Errorf("machine %s: %w", machine.Name, err))
+			c.Err = err.Error()
+		}
+		if c.Why != "" {
+			done = append(done, c)
+		}
+	}
+	return done, errors.Join(failures...)
+}
+
+func (h *Host) collect(ctx context.Context, machine Machine, maxAge time.Duration, dryRun bool) (Collection, error) {
+	c := Collection{Machine: machine}
+	unlock, err := h.tryLock(machine.Name)
+	if errors.Is(err, errLocked) {
+		return c, nil
+	}
+	if err != nil {
+		return c, err
+	}
+	defer unlock()
+	// What was listed before the lock was taken may be another attempt's by now.
+	machine, found, err := h.find(ctx, machine.Name)
+	if err != nil || !found {
+		return c, err
+	}
+	c.Machine = machine
+	if c.Why, err = h.over(machine, maxAge); err != nil || c.Why == "" || dryRun {
+		return c, err
+	}
+	job, _ := parseMachine(machine.Name)
+	if _, err := h.removeWithin(ctx, machine.Name, job); err != nil {
+		return c, err
+	}
+	c.Removed = true
+	return c, h.forget(machine.Name)
+}
+
+// find looks one machine up.
+func (h *Host) find(ctx context.Context, name string) (Machine, bool, error) {
+	machines, err := h.List(ctx)
+	for _, machine := range machines {
+		if machine.Name == name {
+			return machine, true, nil
+		}
+	}
+	return Machine{}, false, err
+}
+
+// over returns why a machine's job is over, or nothing.
+func (h *Host) over(machine Machine, maxAge time.Duration) (string, error) {
+	since, idle, err := h.idle(machine.Name, machine.Created)
+	if err != nil {
+		return "", err
+	}
+	age := time.Since(machine.Created).Round(time.Second)
+	switch {
+	case age > maxAge:
+		return fmt.Sprintf("older than %v", maxAge), nil
+	case !idle || time.Since(since) < quiet:
+		return "", nil
+	case machine.State == noDomain:
+		return "a volume without a domain", nil
+	}
+	runner, err := parseOwner(machine.owner)
+	if err != nil {
+		return "", err
+	}
+	gone, err := runner.gone()
+	if gone {
+		return fmt.Sprintf("its runner (process %d) is gone", runner.PID), err
+	}
+	return "", err
+}
