@@ -32,6 +32,9 @@ type Machine struct {
 	Disk Disk
 	// Network is the libvirt network and MAC the address on it.
 	Network, MAC string
+	// Isolated keeps the guest from reaching other isolated guests of the
+	// network; it needs a Linux bridge.
+	Isolated bool
 	// ConsoleLog is the host's file that receives what the guest writes to
 	// its serial console.
 	ConsoleLog string
@@ -202,11 +205,15 @@ func (m Machine) disk() libvirtxml.DomainDisk {
 }
 
 func (m Machine) networkInterface() libvirtxml.DomainInterface {
-	return libvirtxml.DomainInterface{
+	nic := libvirtxml.DomainInterface{
 		MAC:    &libvirtxml.DomainInterfaceMAC{Address: m.MAC},
 		Source: &libvirtxml.DomainInterfaceSource{Network: &libvirtxml.DomainInterfaceSourceNetwork{Network: m.Network}},
 		Model:  &libvirtxml.DomainInterfaceModel{Type: "virtio"},
 		// No boot ROM: the guest never boots from the network.
 		ROM: &libvirtxml.DomainROM{Enabled: "no"},
 	}
+	if m.Isolated {
+		nic.PortOptions = &libvirtxml.DomainInterfacePortOptions{Isolated: "yes"}
+	}
+	return nic
 }

@@ -156,3 +156,14 @@ func TestNoDeviceThatAJobDoesNotNeed(t *testing.T) {
 		t.Errorf("serial: %+v", s)
 	}
 }
+
+func TestIsolation(t *testing.T) {
+	m := machine()
+	if port := parse(t, m).Devices.Interfaces[0].PortOptions; port != nil {
+		t.Errorf("port options without isolation: %+v", port)
+	}
+	m.Isolated = true
+	if port := parse(t, m).Devices.Interfaces[0].PortOptions; port == nil || port.Isolated != "yes" {
+		t.Errorf("port options with isolation: %+v", port)
+	}
+}

@@ -40,15 +40,20 @@ func (h *Host) removeWithin(ctx context.Context, name string, job gitlab.Job) (f
 	limit := h.Settings.Timeouts.Destroy
 	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("not done after %v (timeouts.destroy)", limit))
 	defer cancel()
+	var last leftover
 	for try := 0; ; try++ {
 		some, left := h.remove(ctx, name, job)
 		found = found || some
 		switch {
 		case len(left.things) == 0 && left.err == nil:
 			return found, nil
+		case ctx.Err() != nil && last.err != nil:
+			// An attempt that is cut short has nothing to say but that.
+			return found, last.report(context.Cause(ctx))
 		case ctx.Err() != nil || left.final():
 			return found, left.report(context.Cause(ctx))
 		}
+		last = left
 		pause(ctx, min(backoff(try)*4, time.Second))
 	}
 }

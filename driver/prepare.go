@@ -179,6 +179,7 @@ func (s *Stage) startMachine(ctx context.Context, m machine, disk disk) (hypervi
 		Disk:       disk.Disk,
 		Network:    m.image.Network,
 		MAC:        m.mac,
+		Isolated:   m.image.Isolated,
 		ConsoleLog: s.consoleLog(m.name),
 		Metadata:   metadata,
 	}.XML()

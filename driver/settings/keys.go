@@ -65,9 +65,10 @@ var imageKeys = keys[Image]{
 
 	"user": put(func(i *Image) *string { return &i.User },
 		text("write up to 32 letters, digits and the characters _.- with a letter or _ first", userName)),
-	"key":     put(func(i *Image) *string { return &i.Key }, text(wantPath, absPath)),
-	"shell":   put(func(i *Image) *Shell { return &i.Shell }, choice(ShellBash, ShellSh, ShellPwsh, ShellPowerShell)),
-	"address": put(func(i *Image) *AddressSource { return &i.Address }, choice(AddressAuto, AddressLease, AddressAgent, AddressARP)),
+	"key":      put(func(i *Image) *string { return &i.Key }, text(wantPath, absPath)),
+	"shell":    put(func(i *Image) *Shell { return &i.Shell }, choice(ShellBash, ShellSh, ShellPwsh, ShellPowerShell)),
+	"address":  put(func(i *Image) *AddressSource { return &i.Address }, choice(AddressAuto, AddressLease, AddressAgent, AddressARP)),
+	"isolated": put(func(i *Image) *bool { return &i.Isolated }, flag),
 	"builds_dir": put(func(i *Image) *string { return &i.BuildsDir },
 		text(wantPath+` in the guest, or "" for builds in the user's home`, optional(guestPath))),
 	"cache_dir": put(func(i *Image) *string { return &i.CacheDir },
@@ -182,6 +183,14 @@ func size(least uint64) func(any) (uint64, *fault) {
 		}
 		return n, nil
 	}
+}
+
+func flag(v any) (bool, *fault) {
+	b, ok := v.(bool)
+	if !ok {
+		return false, &fault{"is " + kind(v) + ", not a boolean", "write true or false, without quotes"}
+	}
+	return b, nil
 }
 
 func duration(v any) (time.Duration, *fault) {

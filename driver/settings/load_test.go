@@ -29,7 +29,7 @@ func defaultImage(name, volume string) Image {
 	return Image{
 		Name: name, Volume: volume, Format: FormatQCOW2, Pool: "default", Network: "default",
 		VCPUs: 2, Memory: 2048 << 20,
-		User: "gitlab-runner", Key: "/root/.ssh/id_rsa", Shell: ShellBash, Address: AddressAuto,
+		User: "gitlab-runner", Key: "/root/.ssh/id_rsa", Shell: ShellBash, Address: AddressAuto, Isolated: true,
 		BuildsDir: "/home/gitlab-runner/builds", CacheDir: "/home/gitlab-runner/cache",
 	}
 }
@@ -98,6 +98,7 @@ user = "CI_User"
 key = "/etc/libvirt-driver/id_ed25519"
 shell = "sh"
 address = "lease"
+isolated = false
 builds_dir = "/srv/builds"
 cache_dir = "/srv/cache"
 

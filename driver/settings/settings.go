@@ -111,6 +111,9 @@ type Image struct {
 	Shell Shell
 	// Address is where the guest's address is found.
 	Address AddressSource
+	// Isolated keeps the guest from reaching other isolated guests of its
+	// network.
+	Isolated bool
 	// BuildsDir and CacheDir are absolute paths in the guest. With Shell pwsh or
 	// powershell they may start with a drive, as in "C:\builds".
 	BuildsDir, CacheDir string
@@ -214,7 +217,7 @@ func baseImage() Image {
 		User:    "gitlab-runner",
 		Key:     "/root/.ssh/id_rsa",
 		Shell:   ShellBash,
-		Address: AddressAuto,
+		Address: AddressAuto, Isolated: true,
 	}
 }
 
