@@ -32,6 +32,8 @@ type host struct {
 	stopped  chan struct{} // closed when state is no longer Running
 	failures map[string]error
 	modified time.Time // of every volume
+	memory   hypervisor.Memory
+	space    uint64
 }
 
 func newHost() *host {
@@ -41,6 +43,8 @@ func newHost() *host {
 		state:    hypervisor.State{Kind: hypervisor.Running},
 		stopped:  make(chan struct{}),
 		failures: map[string]error{},
+		memory:   hypervisor.Memory{Total: 16 << 30, Available: 16 << 30},
+		space:    100 << 30,
 	}
 }
 
@@ -66,6 +70,18 @@ func (h *host) stop(state hypervisor.State) {
 
 func (h *host) Capabilities(_ context.Context, virtType, machine string) (hypervisor.Capabilities, error) {
 	return hypervisor.Capabilities{VirtType: "qemu", Arch: "x86_64", MachineType: "q35"}, h.note("Capabilities", virtType, machine)
+}
+
+func (h *host) Memory(context.Context) (hypervisor.Memory, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.memory, nil
+}
+
+func (h *host) PoolSpace(context.Context, string) (uint64, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.space, h.failures["PoolSpace"]
 }
 
 func (h *host) Volume(_ context.Context, pool, name string) (hypervisor.Volume, error) {

@@ -73,6 +73,11 @@ func (s *Stage) create(ctx context.Context, m machine) error {
 	if err := s.removeLeftovers(ctx, m); err != nil {
 		return err
 	}
+	release, err := s.admit(ctx, m)
+	if err != nil {
+		return fmt.Errorf("find room for the machine: %w", err)
+	}
+	defer release()
 	ctx, cancel := context.WithTimeoutCause(ctx, creation, fmt.Errorf("libvirt took more than %v", creation))
 	defer cancel()
 	begun := time.Now()

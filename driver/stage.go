@@ -43,6 +43,9 @@ type Stage struct {
 type Hypervisor interface {
 	Capabilities(ctx context.Context, virtType, machine string) (hypervisor.Capabilities, error)
 
+	Memory(ctx context.Context) (hypervisor.Memory, error)
+	PoolSpace(ctx context.Context, pool string) (uint64, error)
+
 	Volume(ctx context.Context, pool, name string) (hypervisor.Volume, error)
 	CreateOverlay(ctx context.Context, name string, base hypervisor.Volume, format string, capacity uint64) (hypervisor.Volume, error)
 	DeleteVolume(ctx context.Context, pool, name string) (found bool, err error)

@@ -37,7 +37,8 @@ func defaultImage(name, volume string) Image {
 func TestDefault(t *testing.T) {
 	want := &Settings{
 		URI: "qemu:///system", VirtType: VirtAuto, LogDir: "/var/log/libvirt/qemu",
-		Timeouts: Timeouts{Address: 300 * time.Second, SSH: 300 * time.Second, Destroy: 300 * time.Second},
+		ReserveMemory: 512 << 20, ReserveDisk: 1 << 30,
+		Timeouts: Timeouts{Address: 300 * time.Second, SSH: 300 * time.Second, Destroy: 300 * time.Second, Turn: 30 * time.Minute},
 		Images:   map[string]Image{"default": defaultImage("default", "gitlab-runner-base.qcow2")},
 		BuiltIn:  true,
 	}
@@ -62,6 +63,8 @@ socket = "/run/libvirt/libvirt-sock"
 virt_type = "qemu"
 log_dir = "/var/log/guests"
 default_image = "debian:12"
+reserve_memory = "4 GiB"
+reserve_disk = 0
 
 [defaults]
 volume = "base.qcow2"
@@ -74,6 +77,7 @@ user = "root"
 address = "90s"
 ssh = "5m"
 destroy = "1h"
+turn = "2h"
 
 [images."debian:12"]
 
@@ -136,10 +140,11 @@ image = "windows"
 	}
 	want := &Settings{
 		URI: "test:///default", Socket: "/run/libvirt/libvirt-sock", VirtType: VirtQEMU, LogDir: "/var/log/guests",
-		DefaultImage: "debian:12",
-		Timeouts:     Timeouts{Address: 90 * time.Second, SSH: 5 * time.Minute, Destroy: time.Hour},
-		Images:       map[string]Image{"debian:12": debian, "big": big, "windows": windows},
-		Aliases:      []Alias{{"debian:*", "debian:12"}, {"win*", "windows"}},
+		DefaultImage:  "debian:12",
+		Timeouts:      Timeouts{Address: 90 * time.Second, SSH: 5 * time.Minute, Destroy: time.Hour, Turn: 2 * time.Hour},
+		ReserveMemory: 4 << 30, ReserveDisk: 0,
+		Images:  map[string]Image{"debian:12": debian, "big": big, "windows": windows},
+		Aliases: []Alias{{"debian:*", "debian:12"}, {"win*", "windows"}},
 	}
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("got  %+v\nwant %+v", got, want)
@@ -235,7 +240,7 @@ func TestLoadErrors(t *testing.T) {
 
 		// Keys
 		{"unknown key", "colour = 1\n", `
-1: colour: is not a known key; remove it, the keys here are default_image, log_dir, socket, uri, virt_type, timeouts, defaults, images, aliases`},
+1: colour: is not a known key; remove it, the keys here are default_image, log_dir, reserve_disk, reserve_memory, socket, uri, virt_type, timeouts, defaults, images, aliases`},
 		{"misspelt keys", "URI = \"\"\nvirttype = \"\"\n[timeouts]\nadress = \"1s\"\n[default]\n[defaults]\nmax_memroy = 1\nvcpu = 1\n[alias]\nx = 1\n[image.a]\n", `
 1: URI: is not a known key; did you mean uri?
 2: virttype: is not a known key; did you mean virt_type?
@@ -254,10 +259,10 @@ func TestLoadErrors(t *testing.T) {
 		{"name with dots", "[images.debian-12.5]\nvolume = \"x\"\n", `
 1: images.debian-12.5: is not a known key; put quotes around a name with dots, as in [images."debian-12.5"]`},
 		{"strange keys", "\"\" = 1\n\"a\\nb\" = 1\n" + long + " = 1\n[timeouts]\n'a b'.c = 1\n", `
-1: "": is not a known key; remove it, the keys here are default_image, log_dir, socket, uri, virt_type, timeouts, defaults, images, aliases
-2: "a\nb": is not a known key; remove it, the keys here are default_image, log_dir, socket, uri, virt_type, timeouts, defaults, images, aliases
-3: "xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"...: is not a known key; remove it, the keys here are default_image, log_dir, socket, uri, virt_type, timeouts, defaults, images, aliases
-5: timeouts."a b": is not a known key; remove it, the keys here are address, destroy, ssh`},
+1: "": is not a known key; remove it, the keys here are default_image, log_dir, reserve_disk, reserve_memory, socket, uri, virt_type, timeouts, defaults, images, aliases
+2: "a\nb": is not a known key; remove it, the keys here are default_image, log_dir, reserve_disk, reserve_memory, socket, uri, virt_type, timeouts, defaults, images, aliases
+3: "xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"...: is not a known key; remove it, the keys here are default_image, log_dir, reserve_disk, reserve_memory, socket, uri, virt_type, timeouts, defaults, images, aliases
+5: timeouts."a b": is not a known key; remove it, the keys here are address, destroy, ssh, turn`},
 
 		// Types
 		{"types", `uri = 1

@@ -33,6 +33,9 @@ type Settings struct {
 	// LogDir is the absolute path of the folder for the logs of guests' serial
 	// consoles.
 	LogDir string
+	// ReserveMemory and ReserveDisk are what no guest may take of the host's
+	// memory and of a pool's space, in bytes; 0 reserves nothing.
+	ReserveMemory, ReserveDisk uint64
 	// DefaultImage names the image of jobs that name none; it is a key of
 	// Images, or "" when such jobs are refused.
 	DefaultImage string
@@ -53,6 +56,7 @@ type Timeouts struct {
 	Address time.Duration // for the guest to get an address
 	SSH     time.Duration // then for the guest to answer SSH
 	Destroy time.Duration // for cleanup to have removed everything
+	Turn    time.Duration // for the host to have room for a guest, before it is started
 }
 
 // Alias lets jobs name an image in other words.
@@ -198,10 +202,12 @@ func Default() *Settings {
 func base() *Settings {
 	const wait = 300 * time.Second
 	return &Settings{
-		URI:      "qemu:///system",
-		VirtType: VirtAuto,
-		LogDir:   "/var/log/libvirt/qemu",
-		Timeouts: Timeouts{Address: wait, SSH: wait, Destroy: wait},
+		URI:           "qemu:///system",
+		VirtType:      VirtAuto,
+		LogDir:        "/var/log/libvirt/qemu",
+		ReserveMemory: 512 * mib,
+		ReserveDisk:   1024 * mib,
+		Timeouts:      Timeouts{Address: wait, SSH: wait, Destroy: wait, Turn: 30 * time.Minute},
 	}
 }
 

@@ -1,0 +1,93 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"libvirt-driver/driver/settings"
+)
+
+const (
+	// overhead is what a guest takes of the host's memory besides its own: QEMU
+	// and its buffers.
+	overhead = 128 << 20
+	// turn is the name of the lock under which machines are let in, one by one.
+	turn = "admission"
+	// recheck is how often a machine that waits looks again.
+	recheck = 500 * time.Millisecond
+)
+
+// admit waits until the host has room for the machine. The caller starts the
+// machine and then calls release, so that two never take the same room.
+func (s *Stage) admit(ctx context.Context, m machine) (release func(), err error) {
+	limit := s.Settings.Timeouts.Turn
+	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("no room after %v (timeouts.turn)", limit))
+	defer cancel()
+	begun := time.Now()
+	var full error
+	for {
+		release, err := s.lock(ctx, turn)
+		if err != nil {
+			return nil, errors.Join(err, full)
+		}
+		short, err := s.room(ctx, m)
+		switch {
+		case err == nil && short == nil && full != nil:
+			s.Log.Step("turn", time.Since(begun), "the host has room now")
+			return release, nil
+		case err == nil && short == nil:
+			return release, nil
+		}
+		release()
+		if err != nil {
+			return nil, err
+		}
+		if full == nil {
+			s.Log.Note("waiting for room on the host: %v", short)
+		}
+		full = short
+		pause(ctx, recheck)
+		if ctx.Err() != nil {
+			return nil, fmt.Errorf("%w: %w", context.Cause(ctx), full)
+		}
+	}
+}
+
+// room returns what the host is short of for the machine to start, or nil. The
+// error is for a host that never will have room, or cannot be asked.
+func (s *Stage) room(ctx context.Context, m machine) (short, err error) {
+	size := settings.FormatSize
+	memory, err := s.Hypervisor.Memory(ctx)
+	if err != nil {
+		return nil, err
+	}
+	needed := m.image.Memory + overhead
+	reserved := s.Settings.ReserveMemory
+	switch {
+	case needed+reserved > memory.Total:
+		return nil, fmt.Errorf("the machine needs %s of memory and %s are reserved (reserve_memory), but the host has %s in all",
+			size(needed), size(reserved), mebibytes(memory.Total))
+	case memory.Guests+needed+reserved > memory.Total:
+		return fmt.Errorf("guests may take %s of its %s of memory, this one needs %s, and %s are reserved",
+			mebibytes(memory.Guests), mebibytes(memory.Total), size(needed), size(reserved)), nil
+	case needed+reserved > memory.Available:
+		return fmt.Errorf("%s of its memory are available, this guest needs %s, and %s are reserved",
+			mebibytes(memory.Available), size(needed), size(reserved)), nil
+	}
+	space, err := s.Hypervisor.PoolSpace(ctx, m.image.Pool)
+	if err != nil {
+		return nil, withRemedy(err, m.image.Pool, m.image.Volume)
+	}
+	if space < s.Settings.ReserveDisk {
+		return fmt.Errorf("pool %s has %s left, and %s are reserved (reserve_disk)",
+			m.image.Pool, mebibytes(space), size(s.Settings.ReserveDisk)), nil
+	}
+	return nil, nil
+}
+
+// mebibytes writes a size that is no round number.
+func mebibytes(size uint64) string {
+	return fmt.Sprintf("%d MiB", size>>20)
+}

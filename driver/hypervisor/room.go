@@ -1,0 +1,82 @@
+package hypervisor
+
+import (
+	"context"
+
+	"github.com/digitalocean/go-libvirt"
+)
+
+// Memory is how a host's memory stands, in bytes.
+type Memory struct {
+	// Total is what the host has.
+	Total uint64
+	// Guests is what the domains that run may take, whether they have taken it
+	// yet or not.
+	Guests uint64
+	// Available is what is free or holds only caches.
+	Available uint64
+}
+
+// Memory returns how the host's memory stands.
+//
+// https://libvirt.org/html/libvirt-libvirt-host.html#virNodeGetMemoryStats
+func (c *Connection) Memory(ctx context.Context) (Memory, error) {
+	const kib = 1024
+	var m Memory
+	err := c.do(ctx, func(rpc *libvirt.Libvirt) error {
+		m = Memory{}
+		_, total, _, _, _, _, _, _, err := rpc.NodeGetInfo()
+		if err != nil {
+			return err
+		}
+		m.Total = total * kib
+		const fields, allCells = 16, -1
+		stats, _, err := rpc.NodeGetMemoryStats(fields, allCells, 0)
+		if err != nil {
+			return err
+		}
+		for _, stat := range stats {
+			switch stat.Field {
+			case "free", "buffers", "cached":
+				m.Available += stat.Value * kib
+			}
+		}
+		running, _, err := rpc.ConnectListAllDomains(1, libvirt.ConnectListDomainsActive)
+		if err != nil {
+			return err
+		}
+		for _, domain := range running {
+			_, most, _, _, _, err := rpc.DomainGetInfo(domain)
+			if is(err, libvirt.ErrNoDomain) {
+				continue // ended meanwhile
+			}
+			if err != nil {
+				return err
+			}
+			m.Guests += most * kib
+		}
+		return nil
+	})
+	return m, wrap(err, "read the host's memory")
+}
+
+// PoolSpace returns how many bytes a pool can still take. ErrNotFound when
+// there is no such pool, ErrInactive when it is not running.
+//
+// https://libvirt.org/html/libvirt-libvirt-storage.html#virStoragePoolGetInfo
+func (c *Connection) PoolSpace(ctx context.Context, pool string) (uint64, error) {
+	var space uint64
+	err := c.do(ctx, func(rpc *libvirt.Libvirt) error {
+		p, err := rpc.StoragePoolLookupByName(pool)
+		if err != nil {
+			return err
+		}
+		state, _, _, available, err := rpc.StoragePoolGetInfo(p)
+		if err == nil && libvirt.StoragePoolState(state) != libvirt.StoragePoolRunning {
+			return ErrInactive
+		}
+		space = available
+		return err
+	})
+	return space, wrap(err, "read the space of pool %s", pool)
+}
