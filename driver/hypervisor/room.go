@@ -30,7 +30,12 @@ func (c *Connection) Memory(ctx context.Context) (Memory, error) {
 			return err
 		}
 		m.Total = total * kib
-		const fields, allCells = 16, -1
+		// How many fields there are is the answer to asking for none.
+		const allCells = -1
+		_, fields, err := rpc.NodeGetMemoryStats(0, allCells, 0)
+		if err != nil {
+			return err
+		}
 		stats, _, err := rpc.NodeGetMemoryStats(fields, allCells, 0)
 		if err != nil {
 			return err
