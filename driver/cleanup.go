@@ -97,7 +97,7 @@ func (h *Host) remove(ctx context.Context, name string, job gitlab.Job) (found b
 		left.add(err, "domain %s", name)
 		return found, left
 	}
-	pools, networks := h.Settings.Pools(), h.Settings.Networks()
+	pools, networks, own := h.Settings.Pools(), h.Settings.Networks(), ""
 	if found {
 		metadata, err := domainxml.ParseMetadata(text)
 		if text == "" || err != nil || metadata.Job != job.ID || metadata.Project != job.Project {
@@ -105,7 +105,7 @@ func (h *Host) remove(ctx context.Context, name string, job gitlab.Job) (found b
 			return found, left
 		}
 		// What the settings said when the machine was made still counts.
-		pools, networks = with(pools, metadata.Pool), with(networks, metadata.Network)
+		pools, networks, own = with(pools, metadata.Pool), with(networks, metadata.Network), metadata.Pool
 		if err := h.Hypervisor.DestroyDomain(ctx, name); err != nil {
 			left.add(err, "domain %s", name)
 			return found, left
@@ -114,7 +114,12 @@ func (h *Host) remove(ctx context.Context, name string, job gitlab.Job) (found b
 	for _, pool := range pools {
 		some, err := h.Hypervisor.DeleteVolume(ctx, pool, volumeName(name))
 		found = found || some
-		left.add(err, "volume %s in pool %s", volumeName(name), pool)
+		if errors.Is(err, hypervisor.ErrInactive) && pool != own {
+			// Nothing says that it has anything of this machine's, and it must not
+			// hold up the jobs of other pools.
+			continue
+		}
+		left.add(withRemedy(err, pool, volumeName(name)), "volume %s in pool %s", volumeName(name), pool)
 	}
 	for _, network := range networks {
 		// A lease that cannot be given back ends by itself.

@@ -194,7 +194,12 @@ func (s *Stage) startMachine(ctx context.Context, m machine, disk disk) (hypervi
 	if err := s.Hypervisor.DefineDomain(ctx, m.name, text); err != nil {
 		return host, err
 	}
-	return host, s.Hypervisor.StartDomain(ctx, m.name)
+	err = s.Hypervisor.StartDomain(ctx, m.name)
+	if err != nil && host.VirtType == "kvm" && strings.Contains(strings.ToLower(err.Error()), "kvm") {
+		// QEMU's own words, which libvirt passes on, put it down to KVM.
+		err = fmt.Errorf("%w%s", err, kvmHint)
+	}
+	return host, err
 }
 
 // bootsByUEFI decides between a machine's own firmware and UEFI, which is all

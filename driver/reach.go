@@ -48,6 +48,9 @@ func (s *Stage) reach(ctx context.Context, m machine) (contact, error) {
 	return reached, nil
 }
 
+// kvmHint is what to do about a guest that KVM cannot run.
+const kvmHint = `: if the host offers KVM but cannot use it, as nested virtualisation does, set virt_type = "qemu"`
+
 // guestLost is why a wait for a guest is over: it does not run any more.
 type guestLost struct {
 	machine string
@@ -57,7 +60,7 @@ type guestLost struct {
 func (e *guestLost) Error() string {
 	hint := ""
 	if e.state.Kind == hypervisor.Paused && !e.state.ByHand && e.state.Reason == "" {
-		hint = `: if the host offers KVM but cannot use it, as nested virtualisation does, set virt_type = "qemu"`
+		hint = kvmHint
 	}
 	return fmt.Sprintf("the guest %s is %s%s", e.machine, e.state, hint)
 }

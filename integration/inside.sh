@@ -102,7 +102,8 @@ start_libvirt() {
 		net-define /usr/share/libvirt/networks/default.xml
 		net-start default
 		pool-define-as default dir --target /var/lib/libvirt/images
-		pool-start default"
+		pool-start default
+		domcapabilities" >/dev/null # the first look at QEMU takes most of a second: not on the command's time
 }
 
 # run COMMAND...: runs it and returns its status; on SIGTERM gives it 10 s to end.

@@ -25,11 +25,6 @@ func (c *Connection) Memory(ctx context.Context) (Memory, error) {
 	var m Memory
 	err := c.do(ctx, func(rpc *libvirt.Libvirt) error {
 		m = Memory{}
-		_, total, _, _, _, _, _, _, err := rpc.NodeGetInfo()
-		if err != nil {
-			return err
-		}
-		m.Total = total * kib
 		// How many fields there are is the answer to asking for none.
 		const allCells = -1
 		_, fields, err := rpc.NodeGetMemoryStats(0, allCells, 0)
@@ -42,6 +37,8 @@ func (c *Connection) Memory(ctx context.Context) (Memory, error) {
 		}
 		for _, stat := range stats {
 			switch stat.Field {
+			case "total":
+				m.Total = stat.Value * kib
 			case "free", "buffers", "cached":
 				m.Available += stat.Value * kib
 			}

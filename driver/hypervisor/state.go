@@ -47,12 +47,13 @@ func newState(state libvirt.DomainState, reason int32) State {
 			s.ByHand = true
 		}
 		return s
-	case libvirt.DomainShutdown, libvirt.DomainShutoff:
+	case libvirt.DomainShutoff:
 		return State{Kind: Off, Reason: offReasons[libvirt.DomainShutoffReason(reason)]}
 	case libvirt.DomainCrashed:
 		return State{Kind: Crashed}
 	default:
-		// Running, blocked, or suspended by the guest itself.
+		// Running, blocked, suspended by the guest itself, or about to be shut
+		// off: why it is shows in the state that follows at once.
 		return State{Kind: Running}
 	}
 }

@@ -18,7 +18,7 @@ const (
 
 var (
 	// https://docs.gitlab.com/ci/jobs/job_logs/#custom-collapsible-sections
-	marker = regexp.MustCompile(`^section_(start|end):[0-9]+:([A-Za-z0-9_.-]+)(\[[^\]]*\])?\r(\x1b\[0K)?`)
+	marker = regexp.MustCompile(`^(?:\x1b\[0K)?section_(start|end):[0-9]+:([A-Za-z0-9_.-]+)(\[[^\]]*\])?\r(\x1b\[0K)?`)
 	colour = regexp.MustCompile(`\x1b\[[0-9;]*[mK]`)
 )
 
@@ -32,6 +32,7 @@ type renderer struct {
 	rest    []byte
 	started map[string]time.Time
 	heading bool // the next line is a section's title
+	closed  bool // this line has begun with a section's end
 }
 
 func (r *renderer) Write(p []byte) (int, error) {
@@ -72,7 +73,7 @@ func (r *renderer) mark(what, name string) error {
 		r.started[name], r.heading = time.Now(), true
 		return nil
 	}
-	r.heading = false
+	r.heading, r.closed = false, true
 	started, ok := r.started[name]
 	if !ok {
 		return nil
@@ -89,6 +90,11 @@ func (r *renderer) line(line []byte) error {
 		}
 	}
 	line = bytes.TrimSuffix(line, []byte("\r"))
+	closed := r.closed
+	r.closed = false
+	if closed && len(line) == 0 {
+		return nil
+	}
 	if r.heading {
 		r.heading = false
 		line = append([]byte(cyan+"▾ "+reset), line...)

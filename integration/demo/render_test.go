@@ -8,12 +8,12 @@ import (
 
 const sampleLog = "\x1b[0KRunning\x1b[0;m\n" +
 	"section_start:1700000000:prepare_executor\r\x1b[0K\x1b[0K\x1b[36;1mPreparing\x1b[0;m\x1b[0;m\n" +
-	"one\r\n\x1b[32;1mtwo\x1b[0;m\n" +
+	"one\r\n\x1b[0Ksection_start:1700000001:console[collapsed=true]\r\x1b[0KConsole\nboot\n\x1b[0Ksection_end:1700000001:console\r\x1b[0K\n\x1b[32;1mtwo\x1b[0;m\n" +
 	"section_end:1700000015:prepare_executor\r\x1b[0Ksection_start:1700000015:step_script\r\x1b[0K\x1b[0KExecuting\x1b[0;m\n" +
 	"section_end is a word\nsection_end:1700000016:step_script\r\x1b[0K\x1b[32;1mJob succeeded\x1b[0;m\nlast"
 
 func TestRenderer(t *testing.T) {
-	const want = "Running\n▾ Preparing\none\ntwo\n└ 0.0 s\n▾ Executing\nsection_end is a word\n└ 0.0 s\nJob succeeded\nlast\n"
+	const want = "Running\n▾ Preparing\none\n▾ Console\nboot\n└ 0.0 s\ntwo\n└ 0.0 s\n▾ Executing\nsection_end is a word\n└ 0.0 s\nJob succeeded\nlast\n"
 	for _, size := range []int{1, 2, 3, 7, len(sampleLog)} {
 		var out bytes.Buffer
 		r := &renderer{out: &out, plain: true}

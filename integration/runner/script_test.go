@@ -36,12 +36,13 @@ func TestScriptsRun(t *testing.T) {
 	if !o.Green() {
 		t.Errorf("status %s, error %v", o.Status, o.Err)
 	}
+	// The order between stdout and stderr is not kept.
 	wantLog(t, o,
 		"Running on "+hostname()+" via "+hostname()+"...\n",
 		"\x1b[32;1mSkipping Git repository setup\x1b[0;m\n",
 		"\x1b[32;1m$ pwd\x1b[0;m\n", "/builds/group/project\n",
 		"<"+awkward+">\n<>\n", "line 1\nline 2\n", "no input\n", "on stderr\n", "pipefail\n",
-		"\x1b[32;1m$ if true; then # collapsed multi-line command\x1b[0;m\nseveral lines\n",
+		"\x1b[32;1m$ if true; then # collapsed multi-line command\x1b[0;m\n", "several lines\n",
 		"\x1b[32;1mRunning after script...\x1b[0;m\n", "\x1b[32;1m$ echo after $CI_JOB_STATUS\x1b[0;m\nafter success\n")
 	var left []string
 	root := filepath.Dir(strings.TrimSpace(configured(t, cfg)))

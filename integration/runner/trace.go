@@ -37,10 +37,12 @@ func (c *Call) startTraced(program string, attr *syscall.ProcAttr) (int, error) 
 		err error
 	}
 	started := make(chan start)
-	go func() {
-		runtime.LockOSThread() // and let the thread end with the goroutine
-		attr.Sys.Ptrace = true
-		pid, err := syscall.ForkExec(program, c.Args, attr)
+	go onThreadWithoutChildren(func(err error) {
+		var pid int
+		if err == nil {
+			attr.Sys.Ptrace = true
+			pid, err = syscall.ForkExec(program, c.Args, attr)
+		}
 		if err == nil {
 			if err = beginTrace(pid); err != nil {
 				_ = syscall.Kill(pid, syscall.SIGKILL)
@@ -50,9 +52,30 @@ func (c *Call) startTraced(program string, attr *syscall.ProcAttr) (int, error) 
 		if err == nil {
 			c.follow(pid)
 		}
-	}()
+	})
 	s := <-started
 	return s.pid, s.err
+}
+
+// onThreadWithoutChildren calls f on an operating system thread of its own that
+// no process was started from: f's waits would take the ends of those processes
+// from whoever waits for them. It belongs in a goroutine that ends with it, as
+// the thread then does.
+func onThreadWithoutChildren(f func(error)) {
+	runtime.LockOSThread()
+	children, err := os.ReadFile(fmt.Sprintf("/proc/self/task/%d/children", syscall.Gettid()))
+	if err == nil && len(children) > 0 {
+		// While this thread is held the next goroutine gets another.
+		found := make(chan struct{})
+		go onThreadWithoutChildren(func(err error) {
+			close(found)
+			f(err)
+		})
+		<-found
+		runtime.UnlockOSThread()
+		return
+	}
+	f(err)
 }
 
 // beginTrace waits for the stop after the first exec and sets the options.
@@ -83,8 +106,7 @@ func (c *Call) follow(leader int) {
 	for {
 		var ws syscall.WaitStatus
 		var usage syscall.Rusage
-		// Without WNOTHREAD this would take the stops and the ends of the calls of
-		// other goroutines.
+		// Without WNOTHREAD this would take what other threads' waits are for.
 		pid, err := syscall.Wait4(-1, &ws, syscall.WALL|syscall.WNOTHREAD, &usage)
 		if err == syscall.EINTR {
 			continue

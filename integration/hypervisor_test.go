@@ -1,0 +1,158 @@
+//go:build integration
+
+package integration
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"libvirt-driver/driver/hypervisor"
+)
+
+// connect returns a connection of the driver's own kind to the private libvirtd.
+func connect(t *testing.T, uri string) *hypervisor.Connection {
+	t.Helper()
+	c := hypervisor.New(uri, "")
+	t.Cleanup(c.Close)
+	return c
+}
+
+func TestAPoolsVolumesAreFoundMadeAndDeletedByName(t *testing.T) {
+	t.Parallel()
+	c, ctx, dir := connect(t, "qemu:///system"), t.Context(), newFolder(t)
+	pool := newPool(t, dir)
+
+	if _, err := c.Volume(ctx, "no-such-pool", "base"); !errors.Is(err, hypervisor.ErrNotFound) {
+		t.Errorf("a volume of a pool that does not exist: %v", err)
+	}
+	if _, err := c.Volume(ctx, pool, "base"); !errors.Is(err, hypervisor.ErrNotFound) {
+		t.Errorf("a volume that does not exist: %v", err)
+	}
+	// A file that is put there behind libvirt's back.
+	command(t, "qemu-img", "create", "-q", "-f", "qcow2", filepath.Join(dir, "base"), "3M")
+	base, err := c.Volume(ctx, pool, "base")
+	if want := (hypervisor.Volume{Pool: pool, Name: "base", Path: filepath.Join(dir, "base"), Capacity: 3 << 20}); err != nil || base != want {
+		t.Fatalf("the volume is %+v, %v; not %+v", base, err, want)
+	}
+
+	for _, test := range []struct {
+		asked, gets uint64
+	}{{0, 3 << 20}, {1 << 20, 3 << 20}, {5 << 20, 5 << 20}} { // the second and third replace those before
+		overlay, err := c.CreateOverlay(ctx, "overlay", base, "qcow2", test.asked)
+		if err != nil || overlay.Capacity != test.gets || overlay.Path != filepath.Join(dir, "overlay") {
+			t.Errorf("an overlay of %d bytes: %+v, %v", test.asked, overlay, err)
+		}
+		if got, want := inspectImage(t, overlay.Path), (diskImage{"qcow2", int64(test.gets), base.Path, "qcow2"}); got != want {
+			t.Errorf("an overlay of %d bytes is %+v, not %+v", test.asked, got, want)
+		}
+	}
+
+	for _, there := range []bool{true, false} {
+		if found, err := c.DeleteVolume(ctx, pool, "overlay"); err != nil || found != there {
+			t.Errorf("delete the overlay: found %v, %v", found, err)
+		}
+	}
+	if _, err := os.Stat(filepath.Join(dir, "overlay")); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the overlay's file is there: %v", err)
+	}
+
+	virsh(t, "pool-destroy", pool)
+	if _, err := c.Volume(ctx, pool, "base"); !errors.Is(err, hypervisor.ErrInactive) {
+		t.Errorf("a volume of a pool that does not run: %v", err)
+	}
+}
+
+func TestADomainIsFollowedFromItsDefinitionToItsEnd(t *testing.T) {
+	t.Parallel()
+	// libvirt's own test hypervisor starts and stops domains without a guest.
+	c, ctx := connect(t, "test:///default"), t.Context()
+	const name, namespace = "followed", "urn:test:followed"
+	const xml = "<domain type='test'><name>" + name + "</name><memory unit='MiB'>64</memory><os><type>hvm</type></os></domain>"
+
+	if state, err := c.State(ctx, name); err != nil || state.Kind != hypervisor.Gone {
+		t.Errorf("before: %v, %v", state, err)
+	}
+	if _, found, err := c.Metadata(ctx, name, namespace); err != nil || found {
+		t.Errorf("metadata of no domain: found %v, %v", found, err)
+	}
+	for range 2 { // all of it may be repeated
+		if err := c.DefineDomain(ctx, name, xml); err != nil {
+			t.Fatal(err)
+		}
+		if err := c.StartDomain(ctx, name); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if text, found, err := c.Metadata(ctx, name, namespace); err != nil || !found || text != "" {
+		t.Errorf("no metadata: %q, found %v, %v", text, found, err)
+	}
+	if err := c.SetMetadata(ctx, name, namespace, "prefix", "<a>1</a>"); err != nil {
+		t.Error(err)
+	}
+	if text, found, err := c.Metadata(ctx, name, namespace); err != nil || !found || text != "<a>1</a>" {
+		t.Errorf("metadata: %q, found %v, %v", text, found, err)
+	}
+
+	watched := make(chan hypervisor.State, 1)
+	looked := make(chan struct{}, 1)
+	go func() {
+		state, err := c.Watch(ctx, name, func(state hypervisor.State) bool {
+			select {
+			case looked <- struct{}{}:
+			default:
+			}
+			return state.Kind != hypervisor.Running
+		})
+		if err != nil {
+			t.Error(err)
+		}
+		watched <- state
+	}()
+	<-looked // and found that it runs: what comes now is an event
+	for range 2 {
+		if err := c.DestroyDomain(ctx, name); err != nil {
+			t.Error(err)
+		}
+	}
+	select {
+	case state := <-watched:
+		if state.Kind != hypervisor.Off || state.Reason != "destroyed" {
+			t.Errorf("the domain is %v", state)
+		}
+	case <-time.After(time.Minute):
+		t.Error("the domain's end has not been seen")
+	}
+	for range 2 {
+		if err := c.UndefineDomain(ctx, name); err != nil {
+			t.Error(err)
+		}
+	}
+	if state, err := c.State(ctx, name); err != nil || state.Kind != hypervisor.Gone {
+		t.Errorf("afterwards: %v, %v", state, err)
+	}
+}
+
+func TestLeasesAreKeptByNetworksThatHandOutAddresses(t *testing.T) {
+	t.Parallel()
+	c, ctx := connect(t, "qemu:///system"), t.Context()
+	with, without, off := newNetwork(t, true), newNetwork(t, false), defineNetwork(t, true)
+	for name, expected := range map[string]bool{with.name: true, without.name: false} {
+		if keeps, err := c.KeepsLeases(ctx, name); err != nil || keeps != expected {
+			t.Errorf("network %s keeps leases: %v, %v", name, keeps, err)
+		}
+	}
+	if _, err := c.KeepsLeases(ctx, off.name); !errors.Is(err, hypervisor.ErrInactive) {
+		t.Errorf("a network that does not run: %v", err)
+	}
+	if _, err := c.KeepsLeases(ctx, "no-such-network"); !errors.Is(err, hypervisor.ErrNotFound) {
+		t.Errorf("a network that does not exist: %v", err)
+	}
+	for _, name := range []string{with.name, without.name, off.name, "no-such-network"} {
+		if err := c.ReleaseLeases(ctx, name, "52:54:00:00:00:01"); err != nil {
+			t.Errorf("give back no lease of %s: %v", name, err)
+		}
+	}
+}

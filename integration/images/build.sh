@@ -1,0 +1,75 @@
+# shellcheck shell=bash
+# build.sh: what the images' builds share. It is sourced by NAME/build, which has set work to a temporary directory.
+
+# shellcheck source=integration/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"
+
+# debootstrap DIR OPTION...: mmdebstrap into DIR, from where this machine's apt gets Debian's packages.
+debootstrap() {
+	local dir=$1 sources=$work/sources.list conf=$work/apt.conf
+	shift
+	# A machine may have other sources too; only Debian's are wanted, whatever form they are written in.
+	debian_sources >"$sources"
+	[[ -s $sources ]] || { update_lists && debian_sources >"$sources"; }
+	[[ -s $sources ]] || die "apt knows no source of Debian's packages: see /etc/apt/sources.list.d"
+	# How to reach them (proxy, retries, timeouts, what is checked) is this machine's too.
+	apt-config dump | grep -E '^Acquire::(http|https|ftp|Retries|Check-|AllowInsecure|Queue|Forced?IPv)' >"$conf" || true
+	mmdebstrap --aptopt="$conf" "$@" "$(debian_codename)" "$dir" "$sources"
+}
+
+debian_codename() {
+	(source /etc/os-release && echo "$VERSION_CODENAME")
+}
+
+debian_sources() {
+	apt-get indextargets --format 'deb $(REPO_URI) $(RELEASE) $(COMPONENT)' \
+		'Created-By: Packages' 'Origin: Debian' 'Component: main' "Architecture: $(architecture)" | grep " $(debian_codename)" | sort -u || true
+}
+
+# packages FILE: the packages that FILE lists, with commas between.
+packages() {
+	sed 's/#.*//' "$1" | xargs | tr ' ' ,
+}
+
+# add_runner ROOT: lets the key in as user gitlab-runner.
+add_runner() {
+	local root=$1
+	install -d -m 700 "$root/home/gitlab-runner/.ssh"
+	install -m 600 "$cache/id_rsa.pub" "$root/home/gitlab-runner/.ssh/authorized_keys"
+	chown -R 1000:1000 "$root/home/gitlab-runner"
+}
+
+# add_modules ROOT DEST MODULE...: copies the kernel's modules and what they depend on to DEST/modules,
+# and their order to DEST/modules/order, for insmod.
+add_modules() {
+	local root=$1 dest=$2 version module path
+	shift 2
+	version=$(ls "$root/lib/modules")
+	depmod --basedir "$root" "$version" # a kernel package that is only unpacked has no list of dependencies
+	mkdir -p "$dest/modules"
+	for module in "$@"; do
+		modprobe --dirname "$root" --set-version "$version" --show-depends "$module"
+	done | awk '$1 == "insmod" && !seen[$2]++ { print $2 }' >"$work/modules"
+	while read -r path; do
+		cp "$path" "$dest/modules/"
+		basename "$path"
+	done <"$work/modules" >"$dest/modules/order"
+}
+
+# pack ROOT FILE: ROOT as an initramfs. It is not compressed: emulated guests unpack slowly.
+pack() {
+	(cd "$1" && find . -print0 | sort -z | cpio --quiet --null --create --format newc --reproducible) >"$2"
+}
+
+# add_programs ROOT DEST FILE...: copies programs and plug-ins with the libraries that they need.
+add_programs() {
+	local root=$1 dest=$2 file
+	shift 2
+	for file in "$@"; do
+		echo "$file"
+		chroot "$root" /lib64/ld-linux-x86-64.so.2 --list "$file" | grep -o '/[^ ]*' || true # busybox needs none
+	done | sort -u | while read -r file; do
+		mkdir -p "$dest/${file%/*}"
+		cp --dereference --preserve=mode,ownership "$root$file" "$dest$file"
+	done
+}

@@ -1,0 +1,180 @@
+//go:build integration
+
+package integration
+
+import (
+	"fmt"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"libvirt-driver/integration/runner"
+)
+
+// address returns where a prepared machine's guest is.
+func address(t *testing.T, job runner.Job) string {
+	t.Helper()
+	mac := strings.Fields(virsh(t, "domiflist", machineOf(job)))[4]
+	for line := range strings.Lines(virsh(t, "net-dhcp-leases", "default")) {
+		if fields := strings.Fields(line); len(fields) > 4 && fields[2] == mac {
+			ip, _, _ := strings.Cut(fields[4], "/")
+			return ip
+		}
+	}
+	t.Fatalf("no lease of %s", mac)
+	return ""
+}
+
+// Jobs are written by strangers to each other: their guests share a bridge and nothing more, unless the
+// administrator wants it so.
+func TestGuestsReachEachOtherOnlyWhereTheAdministratorLetsThem(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		image string
+		reach bool
+	}{
+		"by default": {"", false},
+		"allowed":    {"isolated = false", true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newSettings(t, tiny(test.image))
+			here, there := newJob(runner.Job{}), newJob(runner.Job{})
+			ex := prepared(t, s.runner(t), here)
+			prepared(t, s.runner(t), there)
+			ping := func(to string) bool {
+				r := ex.Run(t.Context(), "step_ping", "sudo ping -c 3 -w 6 "+to)
+				return r.ExitCode == 0
+			}
+			if !ping("192.168.122.1") {
+				t.Error("the guest cannot reach the host's end of the network: what follows says nothing")
+			}
+			if got := ping(address(t, there)); got != test.reach {
+				t.Errorf("the guest reaches its neighbour: %v, want %v", got, test.reach)
+			}
+		})
+	}
+}
+
+// number returns the number before a unit in a line of virsh's that starts with label.
+func number(t *testing.T, text, label string) int {
+	t.Helper()
+	for line := range strings.Lines(text) {
+		if rest, ok := strings.CutPrefix(strings.TrimSpace(line), label); ok {
+			n, err := strconv.Atoi(strings.Fields(rest)[0])
+			if err != nil {
+				t.Fatal(err)
+			}
+			return n
+		}
+	}
+	t.Fatalf("no %q in %s", label, text)
+	return 0
+}
+
+// Not parallel: it counts on what the host's guests take of its memory.
+func TestTwentyJobsOnAHostThatHoldsFourAreAllGreen(t *testing.T) {
+	const jobs, holds = 20, 4
+	taken := 0
+	for _, domain := range strings.Fields(virsh(t, "list", "--name")) {
+		taken += number(t, virsh(t, "dominfo", domain), "Max memory:") / 1024
+	}
+	reserve := number(t, virsh(t, "nodememstats"), "total  :")/1024 - taken - holds*256 - 128 - 64
+	s := newSettings(t, fmt.Sprintf("reserve_memory = %d\n", reserve)+tiny(""))
+
+	most, stop, watched := 0, make(chan struct{}), make(chan struct{})
+	others := len(strings.Fields(virsh(t, "list", "--name")))
+	go func() {
+		defer close(watched)
+		for {
+			select {
+			case <-stop:
+				return
+			case <-time.After(200 * time.Millisecond):
+				out, _ := tryVirsh("list", "--name")
+				most = max(most, len(strings.Fields(out))-others)
+			}
+		}
+	}()
+	var all sync.WaitGroup
+	for range jobs {
+		all.Go(func() {
+			job := newJob(runner.Job{Script: []string{"echo green"}})
+			outcome, err := runner.RunJob(t.Context(), s.runner(t), job)
+			if err != nil || outcome.Status != runner.Success {
+				t.Errorf("job %d: %+v, %v", job.ID, outcome, err)
+			}
+		})
+	}
+	all.Wait()
+	close(stop)
+	<-watched
+	if most < 2 || most > holds {
+		t.Errorf("up to %d guests at once, on a host that holds %d", most, holds)
+	}
+}
+
+// A machine's remains, as a host that lost its power leaves them: the metadata says how old it is.
+func plant(t *testing.T, id int, domain, volume bool) string {
+	t.Helper()
+	machine := fmt.Sprintf("runner-1-project-42-concurrent-0-job-%d", id)
+	if volume {
+		virsh(t, "vol-create-as", "default", machine+".qcow2", "1M", "--format", "qcow2")
+	}
+	if domain {
+		virsh(t, "define", document(t, `<domain type='qemu'><name>%s</name><memory unit='MiB'>64</memory>
+			<metadata><machine xmlns='urn:libvirt-driver:machine:1'><job>%d</job><project>42</project><runner>1</runner>
+			<image>tiny</image><pool>default</pool><volume>%[1]s.qcow2</volume><network>default</network>
+			<created>2026-01-02T03:04:05Z</created><owner>another-boot pid:[1] 1 1</owner></machine></metadata>
+			<os><type arch='x86_64' machine='q35'>hvm</type></os></domain>`, machine, id))
+	}
+	return machine
+}
+
+// Not parallel: it collects whatever is old on the host.
+func TestGCBesideRunningJobsRemovesOrphansAndNothingElse(t *testing.T) {
+	s := newSettings(t, tiny(""))
+	const running = 8
+	var jobs [running]*runner.Executor
+	var all sync.WaitGroup
+	for i := range jobs {
+		all.Go(func() { jobs[i] = prepared(t, s.runner(t), newJob(runner.Job{})) })
+	}
+	all.Wait()
+	if t.Failed() {
+		t.FailNow()
+	}
+	var orphans []string
+	for i := range 8 {
+		// Domains with and without their volume. A volume alone is too young yet.
+		orphans = append(orphans, plant(t, 900+i, true, i%2 == 0))
+	}
+	young := plant(t, 990, false, true)
+	virsh(t, "define", document(t, `<domain type='qemu'><name>runner-1-project-42-concurrent-0-job-991</name>
+		<memory unit='MiB'>64</memory><os><type arch='x86_64' machine='q35'>hvm</type></os></domain>`))
+	t.Cleanup(func() {
+		virsh(t, "undefine", "runner-1-project-42-concurrent-0-job-991")
+		virsh(t, "vol-delete", young+".qcow2", "--pool", "default")
+	})
+
+	dry := command(t, binary, "--config", string(s), "gc", "--dry-run")
+	done := command(t, binary, "--config", string(s), "gc")
+	if strings.Count(dry, "would remove") != len(orphans) || strings.Count(done, "removed ") != len(orphans) {
+		t.Errorf("dry run:\n%s\nthen:\n%s", dry, done)
+	}
+	for _, orphan := range orphans {
+		wantGone(t, orphan)
+	}
+	if !exists(t, "runner-1-project-42-concurrent-0-job-991") {
+		t.Error("a domain that is not the driver's is gone")
+	}
+	if list := command(t, binary, "--config", string(s), "list"); strings.Count(list, " running ") != running || !strings.Contains(list, "no domain") {
+		t.Errorf("list:\n%s", list)
+	}
+	for _, ex := range jobs {
+		if got := output(t, ex, "echo alive"); got != "alive\n" {
+			t.Errorf("a job that runs: %q", got)
+		}
+	}
+}
