@@ -316,6 +316,7 @@ func TestServerGetsNothing(t *testing.T) {
 // TestKeepAlive stops a real server in the middle of a script: everything is
 // still connected and nobody answers.
 func TestKeepAlive(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, nil)
 	c, err := dial(t.Context(), s.target(), 100*time.Millisecond, 600*time.Millisecond)
 	if err != nil {
@@ -327,7 +328,6 @@ func TestKeepAlive(t *testing.T) {
 		t.Fatal(err)
 	}
 	ready := newSignal("ready")
-	time.AfterFunc(20*time.Second, ready.give)
 	go func() {
 		<-ready.seen
 		for _, pid := range s.connections() {

@@ -1,6 +1,7 @@
 package sshexec
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"encoding/base64"
@@ -19,9 +20,9 @@ type Command struct {
 	// PATH. The account's own login shell starts it and has to be a POSIX one.
 	Shell string
 
-	// Script is read to its end and handed to the shell as it comes. The shell
-	// starts executing at the end. The script itself finds its standard input
-	// empty.
+	// Script is read to its end, into memory, before the shell starts; nil is an
+	// empty script. bash and sh execute it only when all of it has reached the
+	// guest, and it finds its standard input empty.
 	Script io.Reader
 
 	// Stdout and Stderr get what the script writes, byte for byte and as it
@@ -58,12 +59,18 @@ const (
 //     milliseconds if they obey and at most 9 seconds, the Client is closed, and
 //     the guest is fit for another one. The error tells if something is left.
 //     Only a Write that does not return may still be under way then;
-//   - any other error when the script could not be started, could not be read,
-//     or succeeded while its output could not be written. What was started of
-//     the first two has been ended.
+//   - any other error when the script could not be read or started, or
+//     succeeded while its output could not be written.
 func (c *Client) Run(ctx context.Context, cmd Command) error {
+	var script []byte
+	if cmd.Script != nil {
+		var err error
+		if script, err = io.ReadAll(cmd.Script); err != nil {
+			return fmt.Errorf("read the script: %w", err)
+		}
+	}
 	marker := newMarker()
-	line, err := c.commandLine(cmd.Shell, marker)
+	line, input, err := c.invocation(cmd.Shell, marker, script)
 	if err != nil {
 		return err
 	}
@@ -72,43 +79,23 @@ func (c *Client) Run(ctx context.Context, cmd Command) error {
 		return fmt.Errorf("start %s on %s: %w", cmd.Shell, c.addr, err)
 	}
 	defer s.close()
+	go s.feed(input)
 	out := s.copyOutput(cmd.Stdout, cmd.Stderr)
 	defer out.mute()
-	feeding, stopFeeding := context.WithCancel(context.Background())
-	defer stopFeeding()
-	unread := make(chan error, 1)
-	if cmd.Script == nil {
-		s.ch.CloseWrite()
-	} else {
-		go func() {
-			if err := s.feed(feeding, cmd.Script); err != nil {
-				unread <- err
-			}
-		}()
+
+	finished := false
+	err = s.wait(ctx)
+	if err == nil {
+		finished, err = out.drain(ctx)
 	}
-	// abandon ends what runs on the guest, then the connection.
-	abandon := func(why error) error {
-		stopFeeding()
+	if err != nil {
 		left := c.stop(s, marker)
 		out.wait(lastOutput)
-		c.lose(why)
+		c.lose(err)
 		if left != nil {
-			return fmt.Errorf("script on %s stopped: %w: %w", c.addr, why, left)
+			return fmt.Errorf("script on %s stopped: %w: %w", c.addr, err, left)
 		}
-		return fmt.Errorf("script on %s stopped: %w", c.addr, why)
-	}
-
-	select {
-	case <-s.exited:
-	case <-s.gone:
-	case err := <-unread:
-		return abandon(fmt.Errorf("read the script: %w", err))
-	case <-ctx.Done():
-		return abandon(ended(ctx))
-	}
-	finished, err := out.drain(ctx)
-	if err != nil {
-		return abandon(err)
+		return fmt.Errorf("script on %s stopped: %w", c.addr, err)
 	}
 	if !s.hasExited() {
 		return fmt.Errorf("script on %s: %w", c.addr, c.lost())
@@ -121,28 +108,6 @@ func (c *Client) Run(ctx context.Context, cmd Command) error {
 	}
 	if err := out.writeError(); err != nil {
 		return fmt.Errorf("script on %s succeeded, but its output could not be written: %w", c.addr, err)
-	}
-	return nil
-}
-
-// feed writes the script to the command's standard input. A command that stops
-// reading is no error.
-func (s *session) feed(ctx context.Context, script io.Reader) error {
-	buf := make([]byte, outputBuffer)
-	for ctx.Err() == nil {
-		n, err := script.Read(buf)
-		if n > 0 {
-			if _, err := s.ch.Write(buf[:n]); err != nil {
-				return nil
-			}
-		}
-		if err == io.EOF {
-			s.ch.CloseWrite()
-			return nil
-		}
-		if err != nil {
-			return err
-		}
 	}
 	return nil
 }
@@ -181,45 +146,54 @@ func newMarker() string {
 	return hex.EncodeToString(b[:])
 }
 
-// The command lines below read the whole script before they execute it. Left to
+// Both shells below read the whole script before they execute it. Left to
 // itself, bash reads a script on a pipe byte by byte, one system call each, as
 // its children may want the rest. On an emulated guest a script of 50 kB then
 // takes 0.1 s longer, and one that is larger than the pipe wakes the server up
-// for every byte: 1 MB takes half a minute instead of a second. Reading with the
-// read builtin costs no process; it ends with status 1 at the end of the input,
-// with 2 where it has no -N. In the C locale characters are bytes.
+// for every byte: 1 MB takes half a minute instead of a second. And the first
+// half of a script whose connection breaks is better not executed at all.
 //
-// Executing by eval shows in two places only, in the number of plus signs of
-// xtrace and in a standard input that is empty instead of the rest of the
-// script. The variable is gone before the script begins.
+// So bash gets bashLoader in front of the script. It reads the given number of
+// bytes, which are the characters of the C locale, with the read builtin, which
+// costs no process. The shell stays one that reads its standard input, not one
+// with -c, whose exit status differs in places. Executing by eval shows in three:
+// xtrace has one more plus sign, syntax errors say "eval:", and the script finds
+// its standard input empty instead of holding its own rest. The variable is gone
+// before the script begins, in its first line, so that lines keep their numbers.
 //
-// With -c, bash would take itself for the top shell of an SSH session, as the
-// login shell already did, and read ~/.bashrc a second time, hence --norc.
+// Other shells cannot be told to stop reading at the end of a line, so sh gets
+// its loader as an argument and the script from cat, which takes some 30 ms more
+// on an emulated guest. The marker at the script's end tells that it is complete,
+// and keeps the shell from dropping newlines there.
 const (
-	bashCommand = `exec bash --norc -c 'IFS= LC_ALL=C read -rN 1000000000 LIBVIRT_DRIVER_SCRIPT; [ $? -lt 2 ] || exit; ` +
-		`eval "unset -v LIBVIRT_DRIVER_SCRIPT; $LIBVIRT_DRIVER_SCRIPT"'`
-	shCommand = `exec sh -c 'LIBVIRT_DRIVER_SCRIPT=$(cat) || exit; eval "unset -v LIBVIRT_DRIVER_SCRIPT; $LIBVIRT_DRIVER_SCRIPT"'`
+	bashLoader = `IFS= LC_ALL=C read -rN %d LIBVIRT_DRIVER_SCRIPT || exit; ` +
+		`eval "unset -v LIBVIRT_DRIVER_SCRIPT; $LIBVIRT_DRIVER_SCRIPT"` + "\n"
+	shLoader = `'LIBVIRT_DRIVER_SCRIPT=$(cat) || exit; ` +
+		`[ "$LIBVIRT_DRIVER_SCRIPT" != "${LIBVIRT_DRIVER_SCRIPT%"$LIBVIRT_DRIVER_RUN"}" ] || exit; ` +
+		`eval "unset -v LIBVIRT_DRIVER_SCRIPT; ${LIBVIRT_DRIVER_SCRIPT%"$LIBVIRT_DRIVER_RUN"}"'`
 
 	powershellFlags = " -NoProfile -NoLogo -NonInteractive -InputFormat text -OutputFormat text -ExecutionPolicy Bypass "
 )
 
-// commandLine returns what the account's login shell is to execute, made of
-// constants and the marker only. The marker is in the environment of the
-// command, and so in that of its children.
-func (c *Client) commandLine(shell, marker string) (string, error) {
+// invocation returns what the account's login shell is to execute, made of
+// constants and the marker only, and its standard input. The marker is in the
+// environment of the command, and so in that of its children.
+func (c *Client) invocation(shell, marker string, script []byte) (line string, input []byte, err error) {
 	if c.windows {
-		return windowsCommandLine(shell)
+		line, err := windowsCommandLine(shell)
+		return line, script, err
 	}
-	line := "LIBVIRT_DRIVER_RUN=" + marker + " "
+	line = "LIBVIRT_DRIVER_RUN=" + marker + " exec " + shell
 	switch shell {
 	case "bash":
-		return line + bashCommand, nil
+		script = bytes.ReplaceAll(script, []byte{0}, nil) // as bash does; read would not count them
+		return line, append(fmt.Appendf(nil, bashLoader, len(script)), script...), nil
 	case "sh":
-		return line + shCommand, nil
+		return line + " -c " + shLoader, append(script, marker...), nil
 	case "pwsh", "powershell":
-		return line + "exec " + shell + powershellFlags + "-Command -", nil
+		return line + powershellFlags + "-Command -", script, nil
 	}
-	return "", fmt.Errorf("shell %q is not supported: choose bash, sh, pwsh or powershell", shell)
+	return "", nil, fmt.Errorf("shell %q is not supported: choose bash, sh, pwsh or powershell", shell)
 }
 
 // windowsCommandLine returns the command line for the cmd.exe or PowerShell of a

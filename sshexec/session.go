@@ -43,6 +43,7 @@ var signalNumbers = map[string]int{
 // behind can be waited for in vain.
 type session struct {
 	ch     ssh.Channel
+	begun  time.Time     // not later than the command
 	exited chan struct{} // closed when the exit status has come
 	exit   *ExitError    // nil for status 0; valid once exited is closed
 	gone   chan struct{} // closed when nothing more will come
@@ -72,7 +73,7 @@ func (c *Client) open(line string) (*session, error) {
 	if err != nil {
 		return nil, c.lost()
 	}
-	s := &session{ch: ch, exited: make(chan struct{}), gone: make(chan struct{})}
+	s := &session{ch: ch, begun: time.Now(), exited: make(chan struct{}), gone: make(chan struct{})}
 	go s.follow(reqs)
 	ok, err := ch.SendRequest("exec", true, ssh.Marshal(struct{ Line string }{line}))
 	if err != nil {
@@ -88,16 +89,33 @@ func (c *Client) open(line string) (*session, error) {
 // follow waits for the exit status and for the channel's end.
 func (s *session) follow(reqs <-chan *ssh.Request) {
 	defer close(s.gone)
-	var ended bool
 	for r := range reqs {
 		exit, ok := parseExit(r)
 		r.Reply(ok, nil)
-		if ok && !ended {
-			ended = true
+		if ok && !s.hasExited() {
 			s.exit = exit
 			close(s.exited)
 		}
 	}
+}
+
+// feed writes all there is to the command's standard input. A command that stops
+// reading is no error.
+func (s *session) feed(input []byte) {
+	if _, err := s.ch.Write(input); err == nil {
+		s.ch.CloseWrite()
+	}
+}
+
+// wait waits until the exit status has come or nothing more will.
+func (s *session) wait(ctx context.Context) error {
+	select {
+	case <-s.exited:
+	case <-s.gone:
+	case <-ctx.Done():
+		return ended(ctx)
+	}
+	return nil
 }
 
 // hasExited reports whether the command's exit status has come.

@@ -45,7 +45,7 @@ func TestMain(m *testing.M) {
 
 // A server is a real OpenSSH server on a loopback port of its own, with keys,
 // configuration and authorized_keys of its own. It serves the user who runs the
-// tests.
+// tests, without the files of that user's home.
 type server struct {
 	addr    string
 	user    string
@@ -55,6 +55,7 @@ type server struct {
 	tag     string // in the environment of all commands that the server starts
 	log     *lockedBuffer
 	cmd     *exec.Cmd
+	killing sync.Once
 }
 
 type lockedBuffer struct {
@@ -158,7 +159,7 @@ func startServer(t *testing.T, lines []string, keyTypes ...string) *server {
 	s.addr = l.Addr().String()
 	l.Close()
 	_, port, _ := net.SplitHostPort(s.addr)
-	fmt.Fprintf(&config, "ListenAddress 127.0.0.1\nPort %s\nPidFile none\nAuthorizedKeysFile %s\nStrictModes no\nUsePAM no\nPermitRootLogin prohibit-password\nSetEnv %s\n", port, keys, s.tag)
+	fmt.Fprintf(&config, "ListenAddress 127.0.0.1\nPort %s\nPidFile none\nAuthorizedKeysFile %s\nStrictModes no\nUsePAM no\nPermitRootLogin prohibit-password\nSetEnv %s HOME=%s\n", port, keys, s.tag, dir)
 	for _, line := range lines {
 		fmt.Fprintln(&config, line)
 	}
@@ -169,6 +170,7 @@ func startServer(t *testing.T, lines []string, keyTypes ...string) *server {
 
 	s.cmd = exec.Command(sshdPath, "-D", "-e", "-f", path)
 	s.cmd.Stderr = s.log
+	s.cmd.WaitDelay = 5 * time.Second
 	if err := s.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -189,17 +191,17 @@ func startServer(t *testing.T, lines []string, keyTypes ...string) *server {
 // kill kills the server, its connections and their commands, as a guest that
 // dies does.
 func (s *server) kill() {
-	if s.cmd.ProcessState != nil {
-		return
-	}
-	s.cmd.Process.Kill()
-	for _, pid := range s.connections() {
-		syscall.Kill(pid, syscall.SIGKILL)
-	}
-	s.cmd.Wait()
-	for _, p := range s.commands() {
-		syscall.Kill(p.pid, syscall.SIGKILL)
-	}
+	s.killing.Do(func() {
+		connections := s.connections() // while they have a parent to be known by
+		s.cmd.Process.Kill()
+		for _, pid := range connections {
+			syscall.Kill(pid, syscall.SIGKILL)
+		}
+		s.cmd.Wait()
+		for _, p := range s.commands() {
+			syscall.Kill(p.pid, syscall.SIGKILL)
+		}
+	})
 }
 
 // commands returns the live processes that the server's sessions brought about

@@ -94,13 +94,10 @@ func (c *Client) Ping(ctx context.Context) error {
 	var said excerpt
 	out := s.copyOutput(&said, &said)
 	defer out.mute()
-	s.ch.CloseWrite()
-	select {
-	case <-ctx.Done():
-		c.lose(context.Cause(ctx))
-		return fmt.Errorf("wait for an empty command on %s: %w", c.addr, ended(ctx))
-	case <-s.exited:
-	case <-s.gone:
+	s.feed(nil)
+	if err := s.wait(ctx); err != nil {
+		c.lose(err)
+		return fmt.Errorf("wait for an empty command on %s: %w", c.addr, err)
 	}
 	if !s.hasExited() {
 		return fmt.Errorf("wait for an empty command on %s: %w", c.addr, c.lost())

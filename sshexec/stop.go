@@ -10,14 +10,19 @@ import (
 	"time"
 )
 
-// Ending a script takes stopLimit at most. Its processes get stopGrace from
-// TERM to KILL, for traps and for what they want to tidy up; GitLab's generated
-// scripts trap TERM. In between and afterwards they are counted every stopPause.
+// Ending a script takes stopLimit at most. Its processes get one TERM, and
+// stopGrace until KILL for their traps, GitLab's generated scripts have one, and
+// for the commands that the traps start to tidy up, which get none. In between
+// and afterwards they are counted every stopPause.
 const (
 	stopLimit = 8 * time.Second
 	stopGrace = 3 * time.Second
 	stopPause = 100 * time.Millisecond
 )
+
+// ageSlack is by how much the guest's clock may have been ahead of ours since
+// the script began.
+const ageSlack = 5 * time.Second
 
 // stopScript runs on the guest, see there. SSH's own signal request reaches the
 // command's process group alone, and not even that where the server does not
@@ -39,9 +44,11 @@ func (c *Client) stop(s *session, marker string) error {
 	if err == nil || errors.As(err, &left) || errors.Is(err, ErrLost) {
 		return err
 	}
-	// No second session, or no shell in it.
+	// There was no second session, no shell in it, or nothing that it could find.
 	return stopBySignal(ctx, s)
 }
+
+var errUncertain = errors.New("it may still run on the guest")
 
 // A leftError says how many processes of a script could not be ended.
 type leftError struct{ n int }
@@ -63,36 +70,42 @@ func (c *Client) stopTree(ctx context.Context, s *session, marker string) error 
 	defer unhook()
 	go io.Copy(io.Discard, helper.ch.Stderr())
 	answers := bufio.NewScanner(helper.ch)
-	fmt.Fprintln(helper.ch, marker)
+	age := time.Since(s.begun) + ageSlack
+	fmt.Fprintln(helper.ch, marker, age.Milliseconds()/10)
 
-	n := 0 // how many processes there were in the last round
+	n, word := 0, "TERM" // n is how many processes there were in the last round
+	empty := 0           // how many rounds in a row found none
 	for begin := time.Now(); ; {
-		signal := "TERM"
 		if time.Since(begin) >= stopGrace {
-			signal = "KILL"
+			word = "KILL"
+		} else if n > 0 {
+			word = "count"
 		}
-		fmt.Fprintln(helper.ch, signal)
+		fmt.Fprintln(helper.ch, word)
 		answered := false
 		for !answered && answers.Scan() { // past what the login shell may print
 			_, err := fmt.Sscanf(answers.Text(), "alive %d", &n)
 			answered = err == nil
 		}
+		empty++
 		switch {
 		case !answered && n > 0:
 			return &leftError{n}
 		case !answered:
-			return errors.New("no answer from sh on the guest")
-		case n == 0 && s.over():
+			return errUncertain
+		case n > 0:
+			empty = 0
+		case s.over() && empty > 1:
+			// Twice, as a process in the middle of an exec shows no environment.
 			return nil
-		case n == 0 && signal == "KILL":
+		case !s.over() && word == "KILL":
 			// A command without a marker: there is no /proc, or the login shell does
 			// not know how to set one.
-			s.signal(signal)
+			s.signal(word)
 		}
 		select {
 		case <-time.After(stopPause):
-		case <-ctx.Done():
-			return &leftError{n}
+		case <-ctx.Done(): // then there is no answer either
 		}
 	}
 }
@@ -104,20 +117,20 @@ func stopBySignal(ctx context.Context, s *session) error {
 		signal string
 		wait   time.Duration
 	}{{"TERM", stopGrace}, {"KILL", stopLimit}} {
-		if s.over() {
-			return nil
+		if !s.over() {
+			s.signal(step.signal)
 		}
-		s.signal(step.signal)
 		select {
 		case <-s.exited:
-			return nil
 		case <-s.gone:
-			return nil
 		case <-ctx.Done():
 		case <-time.After(step.wait):
 		}
 	}
-	return errors.New("it may still run on the guest")
+	if !s.hasExited() {
+		return errUncertain
+	}
+	return nil
 }
 
 // over reports whether the command itself has ended, or can no longer be heard

@@ -1,19 +1,20 @@
 # Ends the processes of one run, round by round.
 #
-# Standard input: the marker of the run, then one signal name per line. For each
-# the processes of the run that are alive are looked up. KILL goes to all of them,
-# any other signal only to those that no earlier round knew. The answer is a line
-# with their number from before the signal.
+# Standard input: the marker of the run and how old it is at most, in hundredths
+# of a second, then one word per line. For each word the processes of the run that
+# are alive are looked up, and the answer is a line with their number. If the word
+# is TERM or KILL, they are sent that signal first.
 #
 # A process belongs to the run when the marker is in its environment (or in its
 # command line, as in that of the login shell that starts a run), when its parent
 # belongs to it, or when its session leader does or did. So children that went
 # into the background, into a session of their own or over to init are found too.
+# What is older than the run does not belong to it.
 #
 # Nothing is used but sh and /proc, and sudo if it is there and asks nothing.
 # The text is handed over between single quotes and must not have any.
 
-IFS= read -r mark || exit
+read -r mark age || exit
 pids=" "  # the pids of all processes found in any round
 seen=" "  # the same as pid:start, which outlives the reuse of a pid
 
@@ -32,23 +33,30 @@ marked() {
 	return 1
 }
 
-# list sets $procs to pid:parent:session:start of each process but this one, the
-# server above it, and the dead that nobody has waited for.
+# Linux counts in hundredths from its boot when a process started. The oldest
+# start that can be of the run:
+slurp /proc/$$/stat
+set -- ${text##*) } # what follows the name, which may contain anything
+oldest=$((${20:-0} - age))
+
+# list sets $procs to pid:parent:session:start of each process that is young
+# enough, but this one, the server above it, and the dead that nobody waited for.
 list() {
 	procs=
 	for dir in /proc/[0-9]*; do
 		slurp "$dir/stat"
 		pid=${dir#/proc/}
-		set -- ${text##*) } # what follows the name, which may contain anything
+		set -- ${text##*) }
 		case $1 in "" | Z | X) continue ;; esac
+		[ "${20}" -ge "$oldest" ] || continue
 		[ "$pid" = $$ ] || [ "$pid" = "$PPID" ] || procs="$procs $pid:$2:$4:${20}"
 	done
 }
 
-# find sets $found to the pids of the run, and $fresh to those found just now.
+# find sets $found to the pids of the run.
 find() {
 	list
-	found= fresh= first=1 grown=1
+	found= first=1 grown=1
 	while [ -n "$grown" ]; do
 		grown= others=
 		for proc in $procs; do
@@ -63,7 +71,7 @@ find() {
 			*" $ppid "* | *" $sid "*) ;;
 			*) [ -n "$first" ] && marked "$pid" || { others="$others $proc" && continue; } ;;
 			esac
-			found="$found $pid" fresh="$fresh $pid" grown=1
+			found="$found $pid" grown=1
 			pids="$pids$pid "
 			seen="$seen$pid:$start "
 		done
@@ -71,14 +79,16 @@ find() {
 	done
 }
 
-while read -r sig; do
+while read -r word; do
 	find
 	foreign=
-	[ "$sig" = KILL ] && targets=$found || targets=$fresh
-	for pid in $targets; do
-		kill -s "$sig" "$pid" 2>/dev/null || [ ! -d "/proc/$pid" ] || foreign="$foreign $pid"
-	done
-	[ -z "$foreign" ] || sudo -n sh -c "kill -s $sig $foreign" </dev/null >/dev/null 2>&1
+	case $word in TERM | KILL)
+		for pid in $found; do
+			kill -s "$word" "$pid" 2>/dev/null || [ ! -d "/proc/$pid" ] || foreign="$foreign $pid"
+		done
+		[ -z "$foreign" ] || sudo -n sh -c "kill -s $word $foreign" </dev/null >/dev/null 2>&1
+		;;
+	esac
 	set -- $found
 	echo "alive $#"
 done
