@@ -14,9 +14,10 @@
 # As root on a Debian 12 machine with Go. It builds the driver as releases are built, starts a private libvirt host
 # (host.sh, which installs packages and builds guest images when they are missing), and there runs whole jobs of both
 # sides in turns (baseline, driver; driver, baseline; ...): config where there is one, prepare, run for eight sub-stages
-# whose script does nothing, cleanup. The first job of each side does not count, the next N do, all of them; one more of
-# each is traced for the processes and the memory that it takes, and not timed. A job takes about 20 s where guests are
-# emulated, so that the whole takes about N minutes and two.
+# whose script does nothing, cleanup. Before cleanup, and beside the job, the eight are run once more when the guest has
+# had 5 s to finish its boot. The first job of each side does not count, the next N do, all of them; one more of each is
+# traced for the processes and the memory that it takes, and not timed. With emulated guests on two cores that nothing
+# else uses it all takes about N minutes and two.
 #
 # The report on standard output has, for every figure, both sides' medians and spread, their ratio, and whether the
 # driver's target is met. prepare is also taken apart from outside: libvirt's event that the guest has started, the DHCP

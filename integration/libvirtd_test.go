@@ -41,6 +41,10 @@ func stopLibvirtd(t *testing.T) (start func()) {
 		if stopped {
 			stopped = false
 			command(t, "libvirtd", "--daemon")
+			// A libvirtd that is stopped while it takes guests up again ends them.
+			for _, domain := range strings.Fields(virsh(t, "list", "--name")) {
+				virsh(t, "qemu-monitor-command", domain, `{"execute": "query-status"}`)
+			}
 		}
 	}
 	t.Cleanup(start)
@@ -128,16 +132,17 @@ func hasSocket(pid int) bool {
 func TestALibvirtdThatIsNotThereFailsWithARemedyInBoundedTime(t *testing.T) {
 	t.Parallel()
 	socket := filepath.Join(t.TempDir(), "no-such-socket")
-	job := newJob(runner.Job{})
-	ex, err := runner.New(newSettings(t, "socket = \""+socket+"\"\n"+tiny("")).runner(t), job)
-	if err != nil {
-		t.Fatal(err)
-	}
-	want(t, ex, ex.Config(t.Context()), 0)
-	next := again(t, ex)
-	for _, call := range []*runner.Call{ex.StartPrepare(), next.StartCleanup()} {
-		r := call.Wait(t.Context())
-		want(t, ex, r, 2, socket, "is libvirtd running? (systemctl start libvirtd)")
-		wantWithin(t, r, 90*time.Second)
+	for name, begin := range map[string]func(*runner.Executor) *runner.Call{
+		"prepare": (*runner.Executor).StartPrepare, "cleanup": (*runner.Executor).StartCleanup,
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := newSettings(t, "socket = \""+socket+"\"\n"+tiny(""))
+			ex := start(t, s.runner(t), newJob(runner.Job{}))
+			r := begin(ex).Wait(t.Context())
+			s.write(t, tiny("")) // for the cleanup at the test's end
+			want(t, ex, r, 2, socket, "is libvirtd running? (systemctl start libvirtd)")
+			wantWithin(t, r, 90*time.Second)
+		})
 	}
 }

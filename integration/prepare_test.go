@@ -57,18 +57,17 @@ func TestPrepareGetsOneStepFurtherWithEveryRepair(t *testing.T) {
 		{"start the pool: virsh pool-start " + pool, func() { virsh(t, "pool-start", pool) }},
 		{"put the image there as base", func() {
 			command(t, "qemu-img", "convert", "-O", "raw", filepath.Join(images, "tiny.qcow2"), filepath.Join(dir, "base"))
-			command(t, "mount", "-o", "remount,ro", dir)
 		}},
+		{"not in qcow2 format", func() { set("format", "raw"); command(t, "mount", "-o", "remount,ro", dir) }},
 		{"Read-only file system", func() { command(t, "mount", "-o", "remount,rw", dir) }},
-		{"not in qcow2 format", func() { set("format", "raw") }},
 		{"no-such-machine", func() { set("machine", "") }},
-		{"no-such-kernel", func() { set("kernel", filepath.Join(images, "tiny-vmlinuz")) }},
 		{"no-such-network", func() { set("network", net.name) }},
 		{"network '" + net.name + "' is not active", func() { virsh(t, "net-start", net.name) }},
+		{"no-such-kernel", func() { set("kernel", filepath.Join(images, "tiny-vmlinuz")) }},
 		// The guest runs a shell on its console, and nothing else.
 		{"none after 3s (timeouts.address)", func() { set("cmdline", "console=ttyS0 quiet", address, "300s") }},
-		{"none after 3s (timeouts.ssh)", func() { listen(); set(ssh, "300s") }},
 		{"read SSH key: open " + key, func() { command(t, "cp", "/root/.ssh/id_rsa", key) }},
+		{"none after 3s (timeouts.ssh)", func() { listen(); set(ssh, "300s") }},
 	} {
 		r := ex.Prepare(t.Context())
 		want(t, ex, r, 2, step.complaint)

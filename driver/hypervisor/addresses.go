@@ -3,8 +3,12 @@ package hypervisor
 import (
 	"cmp"
 	"context"
+	"fmt"
 	"net/netip"
+	"os"
 	"slices"
+	"strconv"
+	"strings"
 	"time"
 
 	"github.com/digitalocean/go-libvirt"
@@ -62,7 +66,7 @@ func leases(reply []libvirt.NetworkDhcpLease, now time.Time) []Lease {
 	return found
 }
 
-// AddressSource is whom libvirt asks for a guest's addresses.
+// AddressSource is who is asked for a guest's addresses.
 type AddressSource uint32
 
 // See https://libvirt.org/html/libvirt-libvirt-domain.html#virDomainInterfaceAddressesSource.
@@ -79,6 +83,15 @@ const (
 //
 // https://libvirt.org/html/libvirt-libvirt-domain.html#virDomainInterfaceAddresses
 func (c *Connection) Addresses(ctx context.Context, domain, mac string, source AddressSource) ([]netip.Addr, error) {
+	if source == ARP {
+		// libvirt's own call fails under Linux 6.9 and later, which end a table in
+		// the message that has it, where libvirt expects one more.
+		table, err := os.ReadFile("/proc/net/arp")
+		if err != nil {
+			return nil, fmt.Errorf("read the host's ARP table: %w", err)
+		}
+		return neighbours(string(table), mac), nil
+	}
 	var reply []libvirt.DomainInterface
 	err := c.domain(ctx, domain, func(rpc *libvirt.Libvirt, d libvirt.Domain) (err error) {
 		reply, err = rpc.DomainInterfaceAddresses(d, uint32(source), 0)
@@ -104,6 +117,28 @@ func (c *Connection) Addresses(ctx context.Context, domain, mac string, source A
 	}
 	slices.SortStableFunc(found, func(a, b netip.Addr) int { return cmp.Compare(a.BitLen(), b.BitLen()) })
 	return found, nil
+}
+
+// neighbours returns the addresses of a MAC address in an ARP table.
+//
+// https://man7.org/linux/man-pages/man5/proc_pid_net.5.html
+func neighbours(table, mac string) []netip.Addr {
+	const complete = 0x2 // ATF_COM of linux/if_arp.h
+	var found []netip.Addr
+	for line := range strings.Lines(table) {
+		fields := strings.Fields(line) // address, hardware type, flags, MAC address, mask, device
+		if len(fields) < 4 || fields[3] != mac {
+			continue
+		}
+		flags, err := strconv.ParseUint(fields[2], 0, 32)
+		if err != nil || flags&complete == 0 {
+			continue
+		}
+		if address, err := netip.ParseAddr(fields[0]); err == nil {
+			found = append(found, address)
+		}
+	}
+	return found
 }
 
 // KeepsLeases reports whether a network hands out addresses itself, so that

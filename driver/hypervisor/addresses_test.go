@@ -1,6 +1,7 @@
 package hypervisor
 
 import (
+	"fmt"
 	"testing"
 	"time"
 
@@ -25,5 +26,19 @@ func TestLeasesNewestUnexpiredFirst(t *testing.T) {
 	}
 	if l := leases([]libvirt.NetworkDhcpLease{{Ipaddr: "192.0.2.9"}}, now); len(l) != 1 {
 		t.Errorf("a lease without end does not count")
+	}
+}
+
+func TestNeighboursOfAMACAddress(t *testing.T) {
+	const table = `IP address       HW type     Flags       HW address            Mask     Device
+192.0.2.1        0x1         0x2         52:54:00:00:00:01     *        virbr0
+192.0.2.2        0x1         0x0         52:54:00:00:00:02     *        virbr0
+192.0.2.3        0x1         0x2         52:54:00:00:00:02     *        virbr0
+192.0.2.4        0x1         0x6         52:54:00:00:00:02     *        virbr0
+no address       0x1         0x2
+`
+	got := fmt.Sprint(neighbours(table, "52:54:00:00:00:02"))
+	if want := "[192.0.2.3 192.0.2.4]"; got != want {
+		t.Errorf("got %s, want %s", got, want)
 	}
 }

@@ -77,6 +77,7 @@ func run(ctx context.Context, out, progress io.Writer, o options) error {
 	b := &bench{
 		watch:    host.watch,
 		rest:     2 * time.Second,
+		settle:   5 * time.Second,
 		env:      append(os.Environ(), "VIRT_TYPE="+o.virtType, "NO_COLOR=1"),
 		dir:      dir,
 		progress: progress,

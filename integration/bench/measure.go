@@ -30,12 +30,14 @@ type side struct {
 type job struct {
 	// config has no process where a side has no config stage.
 	config, prepare, cleanup *runner.Result
-	runs                     []*runner.Result
-	boot                     boot
-	took                     time.Duration
+	// runs are the job's sub-stages, which follow prepare at once. The sooner that
+	// returns, the more of the guest's boot they still run beside. So the same are
+	// made once more, beside the job, when the guest has come to rest.
+	runs, atRest []*runner.Result
+	boot         boot
 }
 
-// calls are the job's calls in their order.
+// calls are the job's own calls in their order.
 func (j *job) calls() []*runner.Result {
 	var calls []*runner.Result
 	if j.config.Pid != 0 {
@@ -56,8 +58,8 @@ type bench struct {
 	// watch begins to watch the next guest's boot; what it returns ends that.
 	watch func() (end func() (boot, error), err error)
 	// rest is between jobs, so that what one leaves libvirt to do is not measured
-	// with the next.
-	rest time.Duration
+	// with the next; settle is for a guest to finish its boot.
+	rest, settle time.Duration
 	// env is the runner's own environment, which both sides' calls find.
 	env []string
 	// dir is where the calls' private folders are made.
@@ -87,7 +89,7 @@ func (b *bench) compare(ctx context.Context, n int, sides [2]side) (*measurement
 				return nil, fmt.Errorf("%s, job of the %s: %w", what, sides[which].name, err)
 			}
 			fmt.Fprintf(b.progress, "%-20s  %-8s  prepare %6.2f s  run %6.3f s  cleanup %6.3f s  job %6.2f s\n", what, sides[which].name,
-				j.prepare.Duration().Seconds(), durations(j.runs).median(), j.cleanup.Duration().Seconds(), j.took.Seconds())
+				wall(j.prepare), of(j.runs, wall).median(), wall(j.cleanup), ofCalls(wall, sum)(j))
 			switch {
 			case traced:
 				m.traced[which] = append(m.traced[which], j)
@@ -101,10 +103,8 @@ func (b *bench) compare(ctx context.Context, n int, sides [2]side) (*measurement
 
 // job runs one whole job. Whatever becomes of it, its machine is removed.
 func (b *bench) job(ctx context.Context, s side, traced bool) (*job, error) {
-	select {
-	case <-ctx.Done():
-		return nil, context.Cause(ctx)
-	case <-time.After(b.rest):
+	if err := pause(ctx, b.rest); err != nil {
+		return nil, err
 	}
 	b.jobs++
 	ex, err := runner.New(runner.Config{
@@ -120,18 +120,16 @@ func (b *bench) job(ctx context.Context, s side, traced bool) (*job, error) {
 		return nil, err
 	}
 	j := &job{}
-	started := time.Now()
-	err = b.live(ctx, ex, j)
+	err = b.live(ctx, ex, j, traced)
 	if ctx.Err() != nil {
 		err = context.Cause(ctx) // and not what came of the call that this has ended
 	}
 	j.cleanup = ex.Cleanup(context.WithoutCancel(ctx))
-	j.took = time.Since(started)
 	return j, errors.Join(err, failure(j.cleanup))
 }
 
 // live makes the job's calls but cleanup.
-func (b *bench) live(ctx context.Context, ex *runner.Executor, j *job) error {
+func (b *bench) live(ctx context.Context, ex *runner.Executor, j *job, traced bool) error {
 	if j.config = ex.Config(ctx); j.config.Err != nil {
 		return failure(j.config)
 	}
@@ -147,14 +145,37 @@ func (b *bench) live(ctx context.Context, ex *runner.Executor, j *job) error {
 	if err != nil {
 		return err
 	}
+	if j.runs, err = runAll(ctx, ex); err != nil || traced {
+		return err
+	}
+	if err := pause(ctx, b.settle); err != nil {
+		return err
+	}
+	j.atRest, err = runAll(ctx, ex)
+	return err
+}
+
+// runAll runs the no-op script as each of the sub-stages.
+func runAll(ctx context.Context, ex *runner.Executor) ([]*runner.Result, error) {
+	var runs []*runner.Result
 	for _, name := range subStages {
 		r := ex.Run(ctx, name, noOp)
 		if err := failure(r); err != nil {
-			return err
+			return nil, err
 		}
-		j.runs = append(j.runs, r)
+		runs = append(runs, r)
 	}
-	return nil
+	return runs, nil
+}
+
+// pause waits, unless ctx ends.
+func pause(ctx context.Context, d time.Duration) error {
+	select {
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	case <-time.After(d):
+		return nil
+	}
 }
 
 // failure says why a call failed, with the end of what it wrote.

@@ -27,11 +27,11 @@ func (s series) quantile(q float64) float64 {
 
 func (s series) median() float64 { return s.quantile(0.5) }
 
-// durations are the seconds that calls took.
-func durations(calls []*runner.Result) series {
+// of makes a series of a figure that each call has.
+func of(calls []*runner.Result, figure func(*runner.Result) float64) series {
 	var s series
 	for _, r := range calls {
-		s = append(s, r.Duration().Seconds())
+		s = append(s, figure(r))
 	}
 	return s
 }
