@@ -28,10 +28,11 @@ func (s *Stage) Cleanup(ctx context.Context) error {
 		return err
 	}
 	defer unlock()
-	if _, err := s.removeWithin(ctx, job.Machine(), job); err != nil {
-		return err
+	_, err = s.removeWithin(ctx, job.Machine(), job)
+	if err == nil || errors.Is(err, errForeign) {
+		return errors.Join(err, s.forget(job.Machine()))
 	}
-	return s.forget(job.Machine())
+	return err
 }
 
 // removeWithin removes a job's machine, again and again until it is gone or the

@@ -16,7 +16,7 @@ import (
 )
 
 // releasing is how long a DHCP server may take to take a lease back.
-const releasing = time.Second
+const releasing = 5 * time.Second
 
 // ReleaseLeases gives a MAC address's IPv4 leases on a network back, for a
 // guest that is gone: left alone they last an hour, and a few hundred jobs
