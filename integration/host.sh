@@ -43,17 +43,17 @@ main() {
 	esac
 
 	((EUID == 0)) || die "root is needed: libvirt and namespaces are set up"
+	child='' work='' inside=''
+	trap 'finish' EXIT
+	trap 'interrupted=1' INT # the terminal sends it to the command too, which decides
+	trap 'terminate' TERM HUP
+
 	need_packages libvirt-daemon-system libvirt-daemon-driver-qemu libvirt-daemon-config-network \
 		libvirt-daemon-config-nwfilter libvirt-clients qemu-system-x86 qemu-utils ovmf dnsmasq-base \
 		iproute2 iptables ebtables virtinst openssh-client
-
-	child='' work=''
-	trap 'finish' EXIT
-	trap ':' INT # the terminal sends it to the command too, which decides
-	trap 'terminate' TERM HUP
-
 	make_work
-	supervise "$here/images.sh" all >"$work/images"
+	supervise setpriv --pdeathsig TERM "$here/images.sh" all >"$work/images"
+	inside=1
 	supervise setpriv --pdeathsig KILL unshare --mount --net --pid --fork --kill-child -- \
 		"$here/inside.sh" "$work" "$@"
 }
@@ -97,18 +97,18 @@ terminate() {
 	interrupted=1
 	if [[ -e $work/pid ]]; then
 		kill -TERM "$(<"$work/pid")" 2>/dev/null || true
-	elif [[ $child ]]; then
+	elif [[ $child && ! $inside ]]; then
 		kill -TERM "$child" 2>/dev/null || true
 	else
-		exit 143
+		exit 143 # nothing has come to run there yet
 	fi
 }
 
 finish() {
 	if [[ $child ]]; then
-		kill -KILL "$child" 2>/dev/null || true # unshare takes its child with it
+		kill -KILL "$child" || true # unshare takes its child with it
 		wait "$child" || true
-	fi
+	fi 2>/dev/null
 	[[ -z $work ]] || rm -rf "$work"
 }
 

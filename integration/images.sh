@@ -28,6 +28,9 @@ main() {
 	esac
 
 	((EUID == 0)) || die "root is needed to build guest images"
+	trap 'finish' EXIT
+	trap 'exit 130' INT
+	trap 'exit 143' TERM HUP
 	mkdir -p "$cache"
 	chmod 755 "$cache"
 	make_key
@@ -45,14 +48,14 @@ usage() {
 make_key() {
 	[[ -e $cache/id_rsa.pub ]] && return
 	need_packages openssh-client
-	(
-		flock 9
-		[[ -e $cache/id_rsa.pub ]] && exit
-		rm -f "$cache/id_rsa.new" "$cache/id_rsa.new.pub"
+	lock key
+	if [[ ! -e $cache/id_rsa.pub ]]; then
+		rm -f "$cache/id_rsa.new"
 		ssh-keygen -q -t rsa -b 3072 -N '' -C gitlab-runner -f "$cache/id_rsa.new"
 		mv "$cache/id_rsa.new" "$cache/id_rsa"
 		mv "$cache/id_rsa.new.pub" "$cache/id_rsa.pub" # last: its presence says that both are there
-	) 9>"$cache/key.lock"
+	fi
+	unlock
 }
 
 # image NAME: builds the image unless it is there, and prints where it is.
@@ -60,19 +63,30 @@ image() {
 	local name=$1 dir
 	dir=$cache/$name-$(recipe "$name")
 	if [[ ! -d $dir ]]; then
-		(
-			flock 9
-			[[ -d $dir ]] || build "$name" "$dir" 9>&-
-		) 9>"$cache/$name.lock"
+		lock "$name"
+		[[ -d $dir ]] || build "$name" "$dir"
+		unlock
 	fi
-	touch "$dir" # images that nothing has used for a week are removed by build
+	touch "$dir" # build removes what nothing has used for a week
 	printf '%s %s\n' "$name" "$dir"
+}
+
+# lock NAME waits until no other images.sh holds the lock of that name; unlock lets it go.
+lock() {
+	exec 9>"$cache/$1.lock"
+	until flock --timeout 1 9; do :; done # rather than without end: a trap has to wait for what the shell waits for
+}
+
+unlock() {
+	exec 9>&-
 }
 
 # recipe NAME: the hash of all that decides what the image holds.
 recipe() {
-	(cd "$here/images" && find build.sh "$1" "$cache/id_rsa.pub" -type f -print0 | LC_ALL=C sort -z | xargs -0 sha256sum) |
-		sha256sum | cut -c1-12
+	{
+		(cd "$here/images" && find build.sh "$1" -type f -print0 | LC_ALL=C sort -z | xargs -0 sha256sum)
+		cat "$cache/id_rsa.pub"
+	} | sha256sum | cut -c1-12
 }
 
 # build NAME DIR: builds the image in a temporary directory beside DIR and renames that to DIR.
@@ -80,25 +94,33 @@ build() {
 	local name=$1 dir=$2 began=$SECONDS
 	need_packages mmdebstrap kmod cpio e2fsprogs dosfstools mtools fdisk syslinux syslinux-common qemu-utils
 	say "building the $name image"
-	find "$cache" -maxdepth 1 -name "$name-*" -mtime +7 -exec rm -rf {} +
+	find "$cache" -maxdepth 1 \( -name "$name-*" -mtime +7 -o -name 'build.*' -mtime +0 \) -exec rm -rf {} +
 
 	# The build has process and mount namespaces of its own: when this script ends, however it ends,
 	# so does everything that the build started and mounted.
 	work=$(mktemp -d "$cache/build.XXXXXX")
-	trap 'kill -KILL "${build:-}" 2>/dev/null || true; wait; rm -rf "$work"' EXIT
-	trap 'exit 130' INT
-	trap 'exit 143' TERM HUP
 	setpriv --pdeathsig KILL unshare --mount --pid --fork --kill-child --mount-proc -- \
 		"$here/images/$name/build" "$work" >"$work/log" 2>&1 </dev/null &
-	build=$!
-	if ! wait "$build"; then
+	child=$!
+	if ! wait "$child"; then
 		tail -n 40 "$work/log" >&2
 		die "cannot build the $name image: see the lines above"
 	fi
+	child=''
 	chmod 755 "$work/out"
 	chmod 444 "$work/out"/*
 	mv "$work/out" "$dir"
+	rm -rf "$work"
+	work=''
 	say "built the $name image in $((SECONDS - began)) s"
+}
+
+finish() {
+	if [[ ${child:-} ]]; then
+		kill -KILL "$child" || true # unshare takes its child with it
+		wait "$child" || true
+	fi 2>/dev/null
+	[[ -z ${work:-} ]] || rm -rf "$work"
 }
 
 main "$@"

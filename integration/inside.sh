@@ -11,6 +11,7 @@ main() {
 	work=$1
 	shift
 	trap 'exit 143' TERM
+	unset LIBVIRT_DEFAULT_URI VIRSH_DEFAULT_CONNECT_URI
 	# /proc is still the host's: this is the process ID that host.sh can send a signal to.
 	read -r pid _ </proc/self/stat
 	echo "$pid" >"$work/pid"
@@ -34,6 +35,10 @@ mount_private() {
 	# Sockets, PID files and locks. Without systemd's and D-Bus's, libvirt registers guests nowhere.
 	mount -t tmpfs -o mode=755 run /run
 	mkdir /run/lock
+	# Some machines' resolv.conf is a link to /run: dnsmasq does not start without the directory.
+	local resolv
+	resolv=$(readlink --canonicalize-missing /etc/resolv.conf)
+	[[ $resolv != /run/* ]] || mkdir -p "${resolv%/*}"
 
 	# libvirt tries KVM as root and then looks whether QEMU's user may use it. Where udev has not opened the device
 	# to group kvm it takes what it learned for outdated, and starts QEMU a dozen times more for every guest.
@@ -42,6 +47,9 @@ mount_private() {
 		chgrp kvm /run/kvm
 		mount --bind /run/kvm /dev/kvm
 	fi
+
+	# On a terminal virsh starts polkit's agent, which complains that there is no polkit here.
+	[[ ! -e /usr/bin/pkttyagent ]] || mount --bind /dev/null /usr/bin/pkttyagent
 
 	private 755 /etc/libvirt
 	private 755 /etc/libvirt-driver

@@ -26,10 +26,17 @@ need_packages() {
 	say "installing ${missing[*]}"
 	mkdir -p "$cache"
 	# The package lists may be absent (fresh container images) or name versions that the mirror has dropped.
-	(
-		flock 9
-		install_packages "${missing[@]}" 9>&- || { update_lists && install_packages "${missing[@]}" 9>&-; }
-	) 9>"$cache/packages.lock" || die "cannot install ${missing[*]}: see the lines above"
+	local log
+	log=$(mktemp)
+	exec 6>"$cache/packages.lock"
+	flock 6
+	if ! { install_packages "${missing[@]}" || { update_lists && install_packages "${missing[@]}"; }; } >"$log" 2>&1; then
+		tail -n 40 "$log" >&2
+		rm -f "$log"
+		die "cannot install ${missing[*]}: see the lines above"
+	fi
+	exec 6>&-
+	rm -f "$log"
 }
 
 # install_packages PACKAGE...: apt-get install with a policy that forbids every service start. The policy is
@@ -40,9 +47,10 @@ install_packages() {
 	printf '#!/bin/sh\nexit 101\n' >"$forbid"
 	chmod 755 "$forbid"
 	[[ -e $policy ]] || { touch "$policy" && made=1; }
+	# shellcheck disable=SC2016 # the inner shell's own parameters
 	DEBIAN_FRONTEND=noninteractive unshare --mount -- bash -euc '
 		mount --bind "$1" "$2"; shift 2
-		exec apt-get install --yes --quiet=2 --no-install-recommends -o Dpkg::Use-Pty=0 "$@" >&2 </dev/null
+		exec apt-get install --yes --quiet=2 --no-install-recommends "$@" </dev/null
 	' install "$forbid" "$policy" "$@" || status=$?
 	[[ -z $made ]] || rm -f "$policy"
 	rm -f "$forbid"
@@ -50,7 +58,7 @@ install_packages() {
 }
 
 update_lists() {
-	apt-get update --quiet=2 >&2 </dev/null
+	apt-get update --quiet=2 </dev/null
 }
 
 architecture() {

@@ -53,7 +53,7 @@ list() {
 	done
 }
 
-# find sets $found to the pids of the run.
+# find sets $found to pid:parent of each process of the run.
 find() {
 	list
 	found= first=1 grown=1
@@ -66,12 +66,12 @@ find() {
 			ppid=${sid%%:*}
 			sid=${sid#*:}
 			sid=${sid%%:*}
-			case $seen in *" $pid:$start "*) found="$found $pid" && continue ;; esac
+			case $seen in *" $pid:$start "*) found="$found $pid:$ppid" && continue ;; esac
 			case $pids in
 			*" $ppid "* | *" $sid "*) ;;
 			*) [ -n "$first" ] && marked "$pid" || { others="$others $proc" && continue; } ;;
 			esac
-			found="$found $pid" grown=1
+			found="$found $pid:$ppid" grown=1
 			pids="$pids$pid "
 			seen="$seen$pid:$start "
 		done
@@ -79,16 +79,26 @@ find() {
 	done
 }
 
+# signal NAME sends it to the processes of the run, to parents before their
+# children: a shell whose child gets it first would go on to its next command.
+signal() {
+	rest=$found foreign=
+	while [ -n "$rest" ]; do
+		later=
+		for proc in $rest; do
+			pid=${proc%%:*}
+			case "$rest " in *" ${proc#*:}:"*) later="$later $proc" && continue ;; esac
+			kill -s "$1" "$pid" || [ ! -d "/proc/$pid" ] || foreign="$foreign $pid"
+		done
+		[ "$later" != "$rest" ] || break # no order in a snapshot that is not from one moment
+		rest=$later
+	done
+	[ -z "$foreign" ] || sudo -n sh -c "kill -s $1 $foreign"
+} </dev/null >/dev/null 2>&1
+
 while read -r word; do
 	find
-	foreign=
-	case $word in TERM | KILL)
-		for pid in $found; do
-			kill -s "$word" "$pid" 2>/dev/null || [ ! -d "/proc/$pid" ] || foreign="$foreign $pid"
-		done
-		[ -z "$foreign" ] || sudo -n sh -c "kill -s $word $foreign" </dev/null >/dev/null 2>&1
-		;;
-	esac
+	case $word in TERM | KILL) signal "$word" ;; esac
 	set -- $found
 	echo "alive $#"
 done

@@ -1,6 +1,7 @@
 # shellcheck shell=bash
-# build.sh: what the images' builds share. It is sourced by NAME/build, which has set work to a temporary directory.
+# build.sh: what the images' builds share. It is sourced by NAME/build WORK; WORK is a temporary directory.
 
+work=$1
 # shellcheck source=integration/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"
 
@@ -18,10 +19,11 @@ debootstrap() {
 }
 
 debian_codename() {
-	(source /etc/os-release && echo "$VERSION_CODENAME")
+	sed -n 's/^VERSION_CODENAME=//p' /etc/os-release
 }
 
 debian_sources() {
+	# shellcheck disable=SC2016 # apt's own variables
 	apt-get indextargets --format 'deb $(REPO_URI) $(RELEASE) $(COMPONENT)' \
 		'Created-By: Packages' 'Origin: Debian' 'Component: main' "Architecture: $(architecture)" | grep " $(debian_codename)" | sort -u || true
 }
