@@ -3,6 +3,7 @@
 package integration
 
 import (
+	"context"
 	"strings"
 	"syscall"
 	"testing"
@@ -87,46 +88,59 @@ func TestACancelledScriptMayTidyUpOrIgnoreTheSignal(t *testing.T) {
 	})
 }
 
-// startAndEnd runs a job in the tiny guest, and ends it when its script runs.
-func startAndEnd(t *testing.T, end func(*runner.Build)) *runner.Outcome {
+// endWhen runs a job and ends it when a stage, or sub-stage, has written a text.
+func endWhen(t *testing.T, cfg runner.Config, job runner.Job, stage, text string, end func(*runner.Build)) *runner.Outcome {
 	t.Helper()
-	cfg := newSettings(t, tiny("")).runner(t)
-	begun := make(chan struct{})
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
+	defer cancel()
+	written := make(chan error, 10)
 	cfg.OnCall = func(call *runner.Call) {
-		if call.SubStage == "build_script" {
-			go func() {
-				waitFor(t, call, "the script has begun\n")
-				close(begun)
-			}()
+		if call.Stage == stage || call.SubStage == stage {
+			go func() { written <- call.WaitFor(ctx, text) }()
 		}
 	}
-	job := newJob(runner.Job{
-		Script:      []string{"echo the script has begun", "sleep 4100"},
-		AfterScript: []string{"echo after_script sees that the job is $CI_JOB_STATUS"},
-		Timeout:     10 * time.Minute,
-	})
-	build, err := runner.Start(t.Context(), cfg, job)
+	build, err := runner.Start(ctx, cfg, job)
 	if err != nil {
 		t.Fatal(err)
 	}
-	<-begun
-	end(build)
-	o := build.Wait()
-	if o.Status != runner.Canceled {
-		t.Errorf("the job is %s: %v", o.Status, o.Err)
-	}
-	for _, r := range o.Calls {
-		if exit := map[bool]int{false: 0, true: 2}[r.SubStage == "build_script"]; r.ExitCode != exit {
-			t.Errorf("%s exits with %d: %s", r.Name(), r.ExitCode, r.Stderr)
+	ended := make(chan *runner.Outcome, 1)
+	go func() { ended <- build.Wait() }()
+	select {
+	case err := <-written:
+		if err != nil {
+			t.Error(err)
 		}
+		end(build)
+	case o := <-ended:
+		t.Fatalf("the job ended before %s wrote %q:\n%s", stage, text, o.Log)
+	}
+	o := <-ended
+	if o.Status != runner.Canceled {
+		t.Errorf("the job is %s: %v\n%s", o.Status, o.Err, o.Log)
 	}
 	wantGone(t, machineOf(job))
 	return o
 }
 
+// endInScript runs a job in the tiny guest and ends it when its script has begun.
+func endInScript(t *testing.T, end func(*runner.Build)) *runner.Outcome {
+	t.Helper()
+	job := newJob(runner.Job{
+		Script:      []string{"echo the script has begun", "sleep 4100"},
+		AfterScript: []string{"echo after_script sees that the job is $CI_JOB_STATUS"},
+	})
+	o := endWhen(t, newSettings(t, tiny("")).runner(t), job, "build_script", "the script has begun\n", end)
+	for _, r := range o.Calls {
+		if exit := map[bool]int{false: 0, true: 2}[r.SubStage == "build_script"]; r.ExitCode != exit {
+			t.Errorf("%s exits with %d: %s", r.Name(), r.ExitCode, r.Stderr)
+		}
+	}
+	return o
+}
+
 func TestACancelledJobStillRunsItsAfterScriptInTheSameGuest(t *testing.T) {
 	t.Parallel()
-	o := startAndEnd(t, (*runner.Build).Cancel)
+	o := endInScript(t, (*runner.Build).Cancel)
 	if !strings.Contains(string(o.Log), "after_script sees that the job is canceled\n") {
 		t.Errorf("after_script has not said so:\n%s", o.Log)
 	}
@@ -134,9 +148,17 @@ func TestACancelledJobStillRunsItsAfterScriptInTheSameGuest(t *testing.T) {
 
 func TestAnAbortedJobGoesStraightToCleanup(t *testing.T) {
 	t.Parallel()
-	o := startAndEnd(t, (*runner.Build).Abort)
+	o := endInScript(t, (*runner.Build).Abort)
 	calls := stages(o)
 	if end := strings.Join(calls[max(0, len(calls)-2):], ", "); end != "run build_script, cleanup" {
 		t.Errorf("the job ends with %s", end)
+	}
+}
+
+func TestAJobThatIsCancelledInPrepareIsNotTriedAgain(t *testing.T) {
+	t.Parallel()
+	o := endWhen(t, newSettings(t, tiny("")).runner(t), newJob(runner.Job{Script: []string{"true"}}), "prepare", "  machine ", (*runner.Build).Cancel)
+	if calls := strings.Join(stages(o), ", "); calls != "config, prepare, cleanup" {
+		t.Errorf("the calls are %s\n%s", calls, o.Log)
 	}
 }

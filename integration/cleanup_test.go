@@ -158,7 +158,7 @@ func TestWhatHasTheJobsNameButIsNotTheDriversIsLeftAlone(t *testing.T) {
 			machine := machineOf(job)
 			overlay := filepath.Join(images, machine+".qcow2")
 			metadata := strings.Replace(metadata, "JOB", machine[strings.LastIndexByte(machine, '-')+1:], 1)
-			command(t, "qemu-img", "create", "-q", "-f", "qcow2", overlay, "1M")
+			virsh(t, "vol-create-as", "default", filepath.Base(overlay), "1M", "--format", "qcow2")
 			virsh(t, "define", document(t, `<domain type='qemu'><name>%s</name><memory unit='MiB'>64</memory>%s
 				<os><type>hvm</type></os><devices><disk type='file'><driver name='qemu' type='qcow2'/><source file='%s'/><target dev='vda' bus='virtio'/></disk></devices></domain>`,
 				machine, metadata, overlay))
@@ -178,15 +178,7 @@ func TestWhatHasTheJobsNameButIsNotTheDriversIsLeftAlone(t *testing.T) {
 			}
 			virsh(t, "destroy", machine)
 			virsh(t, "undefine", machine)
-			if err := os.Remove(overlay); err != nil {
-				t.Error(err)
-			}
-			for _, log := range []string{machine + ".log"} {
-				if err := os.Remove(filepath.Join(consoles, log)); err != nil {
-					t.Error(err)
-				}
-			}
-			wantGone(t, machine)
+			cleanUp(t, again(t, ex), job) // now the name is free
 		})
 	}
 }
@@ -209,4 +201,20 @@ func TestCleanupSaysWhatItCannotRemove(t *testing.T) {
 	}
 	command(t, "mount", "-o", "remount,bind,rw", dir)
 	cleanUp(t, again(t, ex), job)
+}
+
+// A pool that does not run may be on a file server that is down.
+func TestAPoolThatDoesNotRunHoldsUpOnlyTheJobsThatUseIt(t *testing.T) {
+	t.Parallel()
+	dir := newFolder(t)
+	pool := filepath.Base(dir)
+	definePool(t, pool, dir)
+	s := newSettings(t, tiny("", "[images.elsewhere]", "pool = \""+pool+"\""))
+	job := newJob(runner.Job{})
+	cleanUp(t, started(t, s.runner(t), job), job)
+
+	job = newJob(runner.Job{Image: "elsewhere"})
+	ex := start(t, s.runner(t), job)
+	want(t, ex, ex.Prepare(t.Context()), 2, "start the pool: virsh pool-start "+pool)
+	cleanUp(t, ex, job)
 }

@@ -46,9 +46,7 @@ func TestAPoolsVolumesAreFoundMadeAndDeletedByName(t *testing.T) {
 		if err != nil || overlay.Capacity != test.gets || overlay.Path != filepath.Join(dir, "overlay") {
 			t.Errorf("an overlay of %d bytes: %+v, %v", test.asked, overlay, err)
 		}
-		if got, want := inspectImage(t, overlay.Path), (diskImage{"qcow2", int64(test.gets), base.Path, "qcow2"}); got != want {
-			t.Errorf("an overlay of %d bytes is %+v, not %+v", test.asked, got, want)
-		}
+		wantImage(t, overlay.Path, diskImage{"qcow2", int64(test.gets), base.Path, "qcow2"})
 	}
 
 	for _, there := range []bool{true, false} {

@@ -5,13 +5,14 @@ package integration
 import (
 	"crypto/sha256"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 
 	"libvirt-driver/integration/runner"
@@ -40,13 +41,21 @@ type diskImage struct {
 	BackingFormat string `json:"backing-filename-format"`
 }
 
-func inspectImage(t *testing.T, file string) diskImage {
-	t.Helper()
+func inspectImage(file string) (diskImage, error) {
 	var i diskImage
-	if err := json.Unmarshal([]byte(command(t, "qemu-img", "info", "--force-share", "--output=json", file)), &i); err != nil {
-		t.Fatal(err)
+	out, err := exec.Command("qemu-img", "info", "--force-share", "--output=json", file).Output()
+	if err != nil {
+		return i, fmt.Errorf("qemu-img info %s: %w", file, err)
 	}
-	return i
+	return i, json.Unmarshal(out, &i)
+}
+
+// wantImage checks what an image's header says.
+func wantImage(t *testing.T, file string, want diskImage) {
+	t.Helper()
+	if got, err := inspectImage(file); err != nil || got != want {
+		t.Errorf("%s is %+v (%v), not %+v", file, got, err, want)
+	}
 }
 
 func TestAWholeJobIsGreenAndLeavesNothingAndItsBaseVolumeAsItWas(t *testing.T) {
@@ -89,16 +98,18 @@ max_disk = "10 GiB"
 match = "debian:*"
 image = "bookworm"
 `, pool)).runner(t)
-	var look sync.Once
+	cfg.Trace = true
 	var header diskImage
 	var volume, domain string
 	cfg.OnCall = func(call *runner.Call) {
-		if call.Stage == "run" {
-			look.Do(func() {
-				header = inspectImage(t, overlay)
-				volume = virsh(t, "vol-dumpxml", "--pool", pool, machine+".qcow2")
-				domain = virsh(t, "dumpxml", machine)
-			})
+		if call.SubStage == "build_script" {
+			var errs [3]error
+			header, errs[0] = inspectImage(overlay)
+			volume, errs[1] = tryVirsh("vol-dumpxml", "--pool", pool, machine+".qcow2")
+			domain, errs[2] = tryVirsh("dumpxml", machine)
+			if err := errors.Join(errs[:]...); err != nil {
+				t.Error(err)
+			}
 		}
 	}
 	o := runJob(t, cfg, job)
@@ -113,6 +124,11 @@ image = "bookworm"
 	}
 	if calls := stages(o); !slices.Equal(calls, expected) {
 		t.Errorf("the calls are %q, not %q", calls, expected)
+	}
+	for _, r := range o.Calls {
+		if r.Trace.Processes != 0 || len(r.Trace.Execs) != 0 || r.Trace.OwnRSS >= 40<<20 {
+			t.Errorf("%s started %d processes %q, and had %d bytes of memory", r.Name(), r.Trace.Processes, r.Trace.Execs, r.Trace.OwnRSS)
+		}
 	}
 	log := string(o.Log)
 	for _, text := range []string{
@@ -199,9 +215,7 @@ func TestABaseVolumeMayBeRawAndAGuestsWritesStayInTheOverlay(t *testing.T) {
 	pool, before := newPool(t, dir), hash(t, base)
 	job := newJob(runner.Job{})
 	ex := prepared(t, newSettings(t, tiny(fmt.Sprintf("volume = \"base.img\"\nformat = \"raw\"\npool = %q\ndisk = \"80 MiB\"", pool))).runner(t), job)
-	if got, want := inspectImage(t, filepath.Join(dir, machineOf(job)+".qcow2")), (diskImage{"qcow2", 80 << 20, base, "raw"}); got != want {
-		t.Errorf("the overlay is %+v, not %+v", got, want)
-	}
+	wantImage(t, filepath.Join(dir, machineOf(job)+".qcow2"), diskImage{"qcow2", 80 << 20, base, "raw"})
 	got := output(t, ex, "yes | head -c 1048576 | sudo dd of=/dev/vda bs=4k seek=256 conv=fsync 2>/dev/null\n"+
 		"sudo dd if=/dev/vda bs=1M skip=1 count=1 2>/dev/null | head -c 4; cat /sys/block/vda/size")
 	if got != "y\ny\n163840\n" {

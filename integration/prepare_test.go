@@ -137,31 +137,6 @@ func TestPrepareThatIsToldToStopFailsWithinSecondsAndCleanupLeavesNothing(t *tes
 	}
 }
 
-func TestAJobThatIsCancelledInPrepareIsNotTriedAgain(t *testing.T) {
-	t.Parallel()
-	cfg := newSettings(t, tiny("")).runner(t)
-	cancel := make(chan func(), 1)
-	cfg.OnCall = func(call *runner.Call) {
-		if call.Stage == "prepare" {
-			go func() {
-				waitFor(t, call, "  machine ")
-				(<-cancel)()
-			}()
-		}
-	}
-	job := newJob(runner.Job{Script: []string{"true"}})
-	build, err := runner.Start(t.Context(), cfg, job)
-	if err != nil {
-		t.Fatal(err)
-	}
-	cancel <- build.Cancel
-	o := build.Wait()
-	if calls := strings.Join(stages(o), ", "); o.Status != runner.Canceled || calls != "config, prepare, cleanup" {
-		t.Errorf("the job is %s after %s\n%s", o.Status, calls, o.Log)
-	}
-	wantGone(t, machineOf(job))
-}
-
 // A guest may refuse the key for a moment while it boots; one that goes on refusing it is not waited for to the end.
 func TestAKeyThatTheGuestRefusesFailsLongBeforeTheTimeout(t *testing.T) {
 	t.Parallel()

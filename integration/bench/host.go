@@ -122,7 +122,7 @@ func (h *host) facts(ctx context.Context, o options) ([]string, error) {
 		fmt.Sprintf("machine: %d cores (%s), %s memory", runtime.NumCPU(),
 			cpuModel(procField("/proc/cpuinfo", "model name")), gibibytes(procField("/proc/meminfo", "MemTotal"))),
 		fmt.Sprintf("host: Linux %s, libvirt %s, QEMU %s", utsname(kernel.Release[:]), version(library), version(qemu)),
-		fmt.Sprintf("guests: %s, of gitlab-runner-base.qcow2, with 2 vCPUs and 2 GiB: what both sides do unasked", how),
+		fmt.Sprintf("guests: %s, of gitlab-runner-base.qcow2, 2 vCPUs and 2 GiB: both sides' defaults", how),
 		"driver: " + strings.TrimSpace(string(driver)),
 		loadAverage("at the beginning"),
 	}, nil
