@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"libvirt-driver/domainxml"
@@ -112,6 +113,9 @@ func (h *Host) remove(ctx context.Context, name string, job gitlab.Job) (found b
 			return found, left
 		}
 	}
+	// The DHCP server takes its time, and nothing else waits for it.
+	released := h.releaseLeases(ctx, networks, macAddress(name))
+	defer released()
 	for _, pool := range pools {
 		some, err := h.Hypervisor.DeleteVolume(ctx, pool, volumeName(name))
 		found = found || some
@@ -122,17 +126,33 @@ func (h *Host) remove(ctx context.Context, name string, job gitlab.Job) (found b
 		}
 		left.add(withRemedy(err, pool, volumeName(name)), "volume %s in pool %s", volumeName(name), pool)
 	}
-	for _, network := range networks {
-		// A lease that cannot be given back ends by itself.
-		if err := h.Hypervisor.ReleaseLeases(ctx, network, macAddress(name)); err != nil {
-			h.Log.Note("%v: it ends by itself", err)
-		}
-	}
 	if len(left.things) == 0 {
 		left.add(h.Hypervisor.UndefineDomain(ctx, name), "domain %s", name)
 	}
 	left.add(h.removeLogs(name), "logs in %s", h.Settings.LogDir)
 	return found, left
+}
+
+// releaseLeases gives a MAC address's leases back while the caller goes on, and
+// returns how to wait for the end of that. A lease that cannot be given back is
+// no failure: it ends by itself.
+func (h *Host) releaseLeases(ctx context.Context, networks []string, mac string) (wait func()) {
+	var releasing sync.WaitGroup
+	notes := make(chan error, len(networks))
+	for _, network := range networks {
+		releasing.Go(func() {
+			if err := h.Hypervisor.ReleaseLeases(ctx, network, mac); err != nil {
+				notes <- err
+			}
+		})
+	}
+	return func() {
+		releasing.Wait()
+		close(notes)
+		for err := range notes {
+			h.Log.Note("%v: it ends by itself", err)
+		}
+	}
 }
 
 // with returns names with one more, unless it is there or empty.
