@@ -21,7 +21,7 @@ func TestPrepareFailsAtOnceWhenTheGuestStops(t *testing.T) {
 		stop             func(t *testing.T, machine string)
 	}{
 		"powers off": {
-			image:     `cmdline = "console=ttyS0 rdinit=/bin/poweroff -- -f"`,
+			image:     `cmdline = "console=ttyS0 no_timer_check rdinit=/bin/poweroff -- -f"`,
 			complaint: "is shut off (the guest powered off)",
 		},
 		"is destroyed": {
@@ -89,7 +89,7 @@ func TestUnderKVMAGuestWorksOrPrepareSaysAtOnceWhyNot(t *testing.T) {
 
 func TestTheConsoleOfAGuestThatDoesNotBootIsInTheJobLog(t *testing.T) {
 	t.Parallel()
-	s := newSettings(t, tiny(`cmdline = "console=ttyS0 rdinit=/no-such-init root=/dev/none"`, "[timeouts]", `address = "25s"`))
+	s := newSettings(t, tiny(`cmdline = "console=ttyS0 no_timer_check rdinit=/no-such-init root=/dev/none"`, "[timeouts]", `address = "25s"`))
 	cfg := s.runner(t)
 	cfg.Env = nil // in colours, and with a section that GitLab can fold away
 	ex := start(t, cfg, newJob(runner.Job{}))

@@ -27,7 +27,7 @@ func TestPrepareGetsOneStepFurtherWithEveryRepair(t *testing.T) {
 	const address, ssh = "timeouts.address", "timeouts.ssh"
 	values := map[string]string{
 		"pool": pool, "volume": "base", "format": "qcow2", "machine": "no-such-machine", "network": "no-such-network",
-		"kernel": filepath.Join(dir, "no-such-kernel"), "cmdline": "console=ttyS0 quiet rdinit=/bin/sh", "key": key,
+		"kernel": filepath.Join(dir, "no-such-kernel"), "cmdline": "console=ttyS0 quiet no_timer_check rdinit=/bin/sh", "key": key,
 		address: "3s", ssh: "3s",
 	}
 	s := newSettings(t, "")
@@ -65,7 +65,7 @@ func TestPrepareGetsOneStepFurtherWithEveryRepair(t *testing.T) {
 		{"network '" + net.name + "' is not active", func() { virsh(t, "net-start", net.name) }},
 		{"no-such-kernel", func() { set("kernel", filepath.Join(images, "tiny-vmlinuz")) }},
 		// The guest runs a shell on its console, and nothing else.
-		{"none after 3s (timeouts.address)", func() { set("cmdline", "console=ttyS0 quiet", address, "300s") }},
+		{"none after 3s (timeouts.address)", func() { set("cmdline", "console=ttyS0 quiet no_timer_check", address, "300s") }},
 		{"read SSH key: open " + key, func() { command(t, "cp", "/root/.ssh/id_rsa", key) }},
 		{"none after 3s (timeouts.ssh)", func() { listen(); set(ssh, "300s") }},
 	} {
