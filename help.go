@@ -14,12 +14,13 @@ const description = `GitLab Runner calls the driver for each stage of a job. In 
     cleanup_exec = "/opt/libvirt-driver/libvirt-driver"
     cleanup_args = ["cleanup"]
 
-Without any settings a job gets a machine with 2 vCPUs and 2048 MiB of memory on libvirt's network
-"default", its disk on top of the volume gitlab-runner-base.qcow2 of the pool "default", and is
-logged in to as gitlab-runner with the key /root/.ssh/id_rsa.
+Without any settings a job gets a machine with 2 vCPUs and 2048 MiB of memory on libvirt's
+network "default", its disk on top of the volume gitlab-runner-base.qcow2 of the pool "default",
+and is logged in to as gitlab-runner with the key /root/.ssh/id_rsa.
 
 Every stage exits with 0, with $BUILD_FAILURE_EXIT_CODE for what is the job's own fault, or with
-$SYSTEM_FAILURE_EXIT_CODE for what is not. Called by hand, outside of GitLab Runner, it exits with 64.`
+$SYSTEM_FAILURE_EXIT_CODE for what is not. Called by hand, outside of GitLab Runner, it exits
+with 64.`
 
 const configHelp = `Prints the driver's name and version, the job's folders in the guest, the shell, and what later
 stages may trust, as one JSON object on standard output.
@@ -27,13 +28,15 @@ stages may trust, as one JSON object on standard output.
 Reads the settings [images], [[aliases]], default_image, and of the image builds_dir, cache_dir,
 shell and the maxima that LIBVIRT_DRIVER_VCPUS, _MEMORY and _DISK of the job may ask for.
 
-Exits with $BUILD_FAILURE_EXIT_CODE when the job asks for an image or a size that it cannot have, or
-forges who it is; with $SYSTEM_FAILURE_EXIT_CODE when settings or job response cannot be read.`
+Exits with $BUILD_FAILURE_EXIT_CODE when the job asks for an image or a size that it cannot
+have, or forges who it is; with $SYSTEM_FAILURE_EXIT_CODE when settings or job response cannot
+be read.`
 
 const prepareHelp = `Creates an overlay on the image's base volume, defines and starts a domain on it, waits for the
 guest's address and then for a real SSH session. What an earlier attempt at the same job left is
 removed first. Each step is a line in the job log; a failure shows the last lines of the guest's
-console. A guest that stops, pauses or crashes, or refuses the key, is not waited for to the end.
+console. A guest that stops, pauses or crashes, or refuses the key, is not waited for to the
+end.
 
 Reads the settings uri, socket, virt_type, log_dir, [timeouts], and all of the job's image.
 
@@ -45,34 +48,43 @@ comes back as it comes. SUBSTAGE is the runner's name for it and changes nothing
 
 On SIGTERM the script's processes in the guest are ended, the guest itself stays usable.
 
-Reads the settings user, key and shell of the job's image, and uri and socket to see the guest stop.
+Reads the settings user, key and shell of the job's image, and uri and socket to see the guest
+stop.
 
-Exits with 0 when the script does; with $BUILD_FAILURE_EXIT_CODE when the script fails, its own exit
-code (128 and more for a signal) in $BUILD_EXIT_CODE_FILE; with $SYSTEM_FAILURE_EXIT_CODE when the
-guest or the connection is lost, and when it is told to stop.`
+Exits with 0 when the script does; with $BUILD_FAILURE_EXIT_CODE when the script fails, its own
+exit code (128 and more for a signal) in $BUILD_EXIT_CODE_FILE; with $SYSTEM_FAILURE_EXIT_CODE
+when the guest or the connection is lost, and when it is told to stop.`
 
-const cleanupHelp = `Destroys and undefines the job's domain, with its NVRAM, saved state and snapshots, and deletes its
-overlay and its logs. Nothing being there is success. What carries the job's name but was not made
-by the driver is left alone.
+const cleanupHelp = `Destroys and undefines the job's domain, with its NVRAM, saved state and snapshots, and deletes
+its overlay and its logs. Nothing being there is success. What carries the job's name but was
+not made by the driver is left alone.
 
 Reads the settings uri, socket, log_dir, timeouts.destroy, and the pools of all images.
 
 Exits with 0, or with $SYSTEM_FAILURE_EXIT_CODE when something is left, which it names.`
 
-const listHelp = `Prints one line for each of the driver's machines, the oldest first: its job and project, its image,
-its age, the state of its domain, the guest's address, and what its disk takes of the host's. A domain
-without a volume has the disk "none", a volume without a domain the state "no domain".
+const listHelp = `Prints one line for each of the driver's machines, the oldest first: its job and project, its
+image, its age, the state of its domain, the guest's address, and what its disk takes of the
+host's. A domain without a volume has the disk "none", a volume without a domain the state "no
+domain".
+
+Reads the settings uri and socket, and the pools of all images.
 
 Exits with 0, or with 1 when libvirt cannot be asked.`
 
-const gcHelp = `Removes the machines whose jobs are over, with their volumes, NVRAM, leases and logs, and says why:
+const gcHelp = `Removes the machines whose jobs are over, with their volumes, NVRAM, leases and logs, and says
+why:
 
   - those older than AGE, which must be more than any job may take;
-  - those whose runner, the process that called prepare, is gone, as after a crash or a restart of the
-    host, once no stage of the job has been at work for 5 minutes;
+  - those whose runner, the process that called prepare, is gone, as after a crash or a restart
+    of the host, once no stage of the job has been at work for 5 minutes;
   - volumes of such machines that have lost their domain.
 
-Only what has a machine's name is looked at: domains that carry the driver's metadata, and volumes in
-the pools of the settings. A machine on which a stage is at work making or removing it is left alone.
+Only what has a machine's name is looked at: domains that carry the driver's metadata, and
+volumes in the pools of the settings. A machine on which a stage is at work making or removing
+it is left alone.
+
+Reads the settings uri, socket, log_dir and timeouts.destroy, and the pools and networks of all
+images.
 
 Exits with 0, or with 1 when something could not be looked at or removed.`

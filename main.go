@@ -59,7 +59,7 @@ func app() *cli.App {
 		HideVersion:     true,
 		Flags: []cli.Flag{&cli.StringFlag{
 			Name:    "config",
-			Usage:   "read settings from `FILE` (" + settings.DefaultPath + ", if there)",
+			Usage:   "settings `FILE`, if not " + settings.DefaultPath,
 			EnvVars: []string{"LIBVIRT_DRIVER_CONFIG"},
 		}},
 		Commands: []*cli.Command{
