@@ -29,6 +29,9 @@ var version = "devel"
 const usageFailure = 64
 
 func main() {
+	// A reader that goes away is an error of the write, not the driver's end: the
+	// script in the guest is still to be ended.
+	signal.Ignore(syscall.SIGPIPE)
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	code := run(ctx, os.Args)
 	stop()
