@@ -14,8 +14,10 @@ import (
 )
 
 // creation bounds the time that libvirt may take to create the disk and start
-// the machine. It takes well under a second on a host that is not overloaded.
+// the machine, and that it may take to answer what is asked besides. It takes well under a second on a host that is not overloaded.
 const creation = 2 * time.Minute
+
+var errSlow = fmt.Errorf("libvirt took more than %v", creation)
 
 // Prepare makes the job's machine and returns when a script can run in it.
 func (s *Stage) Prepare(ctx context.Context) error {
@@ -38,6 +40,8 @@ func (s *Stage) Prepare(ctx context.Context) error {
 		s.showConsole(m.name)
 		return err
 	}
+	ctx, cancel := context.WithTimeoutCause(ctx, creation, errSlow)
+	defer cancel()
 	if err := s.handOver(ctx, m, contact); err != nil {
 		return err
 	}
@@ -78,7 +82,7 @@ func (s *Stage) create(ctx context.Context, m machine) error {
 		return fmt.Errorf("find room for the machine: %w", err)
 	}
 	defer release()
-	ctx, cancel := context.WithTimeoutCause(ctx, creation, fmt.Errorf("libvirt took more than %v", creation))
+	ctx, cancel := context.WithTimeoutCause(ctx, creation, errSlow)
 	defer cancel()
 	begun := time.Now()
 	disk, err := s.createDisk(ctx, m)

@@ -28,7 +28,9 @@ func (s *Stage) reach(ctx context.Context, m machine) (contact, error) {
 		return state.Kind != hypervisor.Running
 	})
 	defer stop()
-	look, err := s.locate(ctx, m)
+	asking, asked := context.WithTimeoutCause(ctx, creation, errSlow)
+	look, err := s.locate(asking, m)
+	asked()
 	if err != nil {
 		return contact{}, fmt.Errorf("find the guest's address: %w", err)
 	}
