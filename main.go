@@ -168,9 +168,11 @@ func newHost(configured *settings.Settings, log *gitlab.Log) (*driver.Host, erro
 	if err != nil {
 		return nil, err
 	}
+	connection := hypervisor.New(configured.URI, configured.Socket)
+	connection.Away = func(err error) { log.Note("waiting for libvirtd: %v", err) }
 	return &driver.Host{
 		Settings:   configured,
-		Hypervisor: hypervisor.New(configured.URI, configured.Socket),
+		Hypervisor: connection,
 		LockDir:    locks,
 		Log:        log,
 	}, nil

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"slices"
 	"strings"
 	"sync"
@@ -49,7 +50,7 @@ func (h *Host) removeWithin(ctx context.Context, name string, job gitlab.Job) (f
 		switch {
 		case len(left.things) == 0 && left.err == nil:
 			return found, nil
-		case ctx.Err() != nil && last.err != nil:
+		case ctx.Err() != nil && last.err != nil && !errors.Is(left.err, hypervisor.ErrUnreachable):
 			// An attempt that is cut short has nothing to say but that.
 			return found, last.report(context.Cause(ctx))
 		case ctx.Err() != nil || left.final():
@@ -79,15 +80,19 @@ func (l *leftover) add(err error, format string, args ...any) {
 
 // final reports whether trying again is no use: it takes an administrator.
 func (l *leftover) final() bool {
-	return errors.Is(l.err, errForeign) || errors.Is(l.err, hypervisor.ErrInactive) || errors.Is(l.err, hypervisor.ErrUnreachable)
+	return errors.Is(l.err, errForeign) || errors.Is(l.err, hypervisor.ErrInactive) || errors.Is(l.err, fs.ErrPermission)
 }
 
+// report says what is left and why; cause is what ended the attempts, if
+// something did.
 func (l *leftover) report(cause error) error {
-	err := fmt.Errorf("left behind: %s: %w", strings.Join(l.things, ", "), l.err)
-	if cause != nil {
-		return fmt.Errorf("%w: %w", cause, err)
+	switch {
+	case errors.Is(l.err, hypervisor.ErrUnreachable), errors.Is(l.err, fs.ErrPermission):
+		return l.err // nobody knows what is left
+	case cause != nil && !errors.Is(l.err, cause):
+		return fmt.Errorf("%w: left behind: %s: %w", cause, strings.Join(l.things, ", "), l.err)
 	}
-	return err
+	return fmt.Errorf("left behind: %s: %w", strings.Join(l.things, ", "), l.err)
 }
 
 // remove makes one attempt to remove a job's machine. The domain's definition

@@ -68,6 +68,8 @@ func (s *Stage) contact(ctx context.Context, m machine) (contact, error) {
 	if !errors.Is(err, fs.ErrNotExist) {
 		return contact{}, err
 	}
+	ctx, cancel := context.WithTimeoutCause(ctx, reconnect, fmt.Errorf("not known after %v", reconnect))
+	defer cancel()
 	text, found, err := s.Hypervisor.Metadata(ctx, m.name, domainxml.Namespace)
 	if err != nil {
 		return contact{}, err

@@ -77,7 +77,7 @@ func (h *Host) collect(ctx context.Context, machine Machine, maxAge time.Duratio
 
 // find looks one machine up.
 func (h *Host) find(ctx context.Context, name string) (Machine, bool, error) {
-	machines, err := h.List(ctx)
+	machines, err := h.list(ctx, func(string) {})
 	for _, machine := range machines {
 		if machine.Name == name {
 			return machine, true, nil

@@ -3,6 +3,8 @@ package driver
 import (
 	"cmp"
 	"context"
+	"errors"
+	"fmt"
 	"regexp"
 	"slices"
 	"strconv"
@@ -11,6 +13,7 @@ import (
 
 	"libvirt-driver/domainxml"
 	"libvirt-driver/driver/gitlab"
+	"libvirt-driver/driver/hypervisor"
 )
 
 // Machine is what a host has of one of the driver's machines.
@@ -34,6 +37,9 @@ type Machine struct {
 
 	owner string
 }
+
+// looking bounds the time that libvirt may take to say what there is.
+const looking = 30 * time.Second
 
 // noDomain is the state of a machine of which only the volume is there.
 const noDomain = "no domain"
@@ -60,8 +66,17 @@ func parseMachine(name string) (gitlab.Job, bool) {
 
 // List returns the driver's machines on this host, the oldest first: domains
 // that carry its metadata and a machine's name, volumes that have a machine's
-// name in a pool of the settings, and what belongs together as one.
+// name in a pool of the settings, and what belongs together as one. It notes
+// which pools it cannot look into since they are not active.
 func (h *Host) List(ctx context.Context) ([]Machine, error) {
+	return h.list(ctx, func(pool string) {
+		h.Log.Note("pool %s is not active: the volumes in it are not shown (virsh pool-start %s)", pool, pool)
+	})
+}
+
+func (h *Host) list(ctx context.Context, inactive func(pool string)) ([]Machine, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, looking, fmt.Errorf("not answered within %v", looking))
+	defer cancel()
 	domains, err := h.Hypervisor.Domains(ctx, domainxml.Namespace)
 	if err != nil {
 		return nil, err
@@ -82,6 +97,10 @@ func (h *Host) List(ctx context.Context) ([]Machine, error) {
 	}
 	for _, pool := range pools {
 		volumes, err := h.Hypervisor.Volumes(ctx, pool)
+		if errors.Is(err, hypervisor.ErrInactive) {
+			inactive(pool)
+			continue
+		}
 		if err != nil {
 			return nil, err
 		}

@@ -38,11 +38,15 @@ func (s *Stage) Run(ctx context.Context, script string) error {
 	}
 	defer text.Close()
 
+	contact, err := s.contact(ctx, m)
+	if err != nil {
+		return err
+	}
 	watched, stop := s.followed(ctx, m.name, func(state hypervisor.State) bool {
 		return state.Kind != hypervisor.Running && !state.ByHand
 	})
 	defer stop()
-	shell, err := s.enter(watched, m)
+	shell, err := s.enter(watched, m, contact)
 	if err != nil {
 		return s.explain(ctx, watched, m, err)
 	}
@@ -75,13 +79,9 @@ func (s *Stage) Run(ctx context.Context, script string) error {
 }
 
 // enter opens a connection to the guest that prepare was in.
-func (s *Stage) enter(ctx context.Context, m machine) (Shell, error) {
+func (s *Stage) enter(ctx context.Context, m machine, contact contact) (Shell, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, reconnect, fmt.Errorf("no session after %v", reconnect))
 	defer cancel()
-	contact, err := s.contact(ctx, m)
-	if err != nil {
-		return nil, err
-	}
 	key, err := sshexec.LoadKey(m.image.Key)
 	if err != nil {
 		return nil, err
@@ -125,6 +125,11 @@ func (s *Stage) explain(ctx, watched context.Context, m machine, err error) erro
 	if errors.As(context.Cause(watched), &lost) {
 		s.showConsole(m.name)
 		return lost
+	}
+	asking, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	if _, unknown := s.Hypervisor.State(asking, m.name); unknown != nil {
+		return fmt.Errorf("the connection to the guest failed, and libvirtd does not say whether it still runs: %w", err)
 	}
 	return fmt.Errorf("the guest still runs, but the connection to it failed: %w", err)
 }

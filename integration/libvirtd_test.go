@@ -137,12 +137,12 @@ func TestALibvirtdThatIsNotThereFailsWithARemedyInBoundedTime(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			s := newSettings(t, "socket = \""+socket+"\"\n"+tiny(""))
+			s := newSettings(t, "socket = \""+socket+"\"\n"+tiny("", "[timeouts]", "destroy = \"5s\""))
 			ex := start(t, s.runner(t), newJob(runner.Job{}))
 			r := begin(ex).Wait(t.Context())
 			s.write(t, tiny("")) // for the cleanup at the test's end
-			want(t, ex, r, 2, socket, "is libvirtd running? (systemctl start libvirtd)")
-			wantWithin(t, r, 90*time.Second)
+			want(t, ex, r, 2, socket, "waiting for libvirtd", "not done after 5s", "is libvirtd running? (systemctl start libvirtd)")
+			wantWithin(t, r, 20*time.Second)
 		})
 	}
 }

@@ -4,8 +4,9 @@
 //
 // Every method obeys its context, whatever libvirtd does: libvirt's protocol
 // has no time-outs of its own, so at the context's end the connection is
-// closed under the call, a moment later. Every method is also safe to repeat, and is repeated
-// when libvirtd goes away in the middle and comes back.
+// closed under the call, a moment later. Every method is also safe to repeat,
+// and while libvirtd is away, as during a restart or an upgrade, it is repeated
+// until the context ends. So give each a context with a deadline.
 package hypervisor
 
 import (
@@ -25,9 +26,8 @@ import (
 	"github.com/digitalocean/go-libvirt/socket/dialers"
 )
 
-// Patience is how long a call waits for a libvirtd that is away, as during a
-// restart or an upgrade, before it gives up. The context may end it sooner.
-const Patience = 30 * time.Second
+// noticed is for how long libvirtd must have been away before anyone is told.
+const noticed = time.Second
 
 // Grace is how long a call that libvirtd is at work on may still take after its
 // context has ended, so that no machine appears behind the back of the cleanup
@@ -43,12 +43,16 @@ var Sockets = []string{"/var/run/libvirt/libvirt-sock", "/var/run/libvirt/virtqe
 // Connection is a connection to libvirtd that is made when it is first needed
 // and made again when it is lost. It is safe for concurrent use.
 type Connection struct {
+	// Away, if not nil, is called when a call begins to wait for a libvirtd that
+	// is away, with what is wrong: once for each time that it is.
+	Away func(error)
+
 	uri, socket string
-	patience    time.Duration
 	grace       time.Duration
 
 	mu      sync.Mutex
 	current *session
+	told    bool // that libvirtd is away
 }
 
 // session is one connection of Connection's life.
@@ -61,7 +65,7 @@ type session struct {
 // "qemu:///system", behind the UNIX socket at path; with an empty path, behind
 // the first of Sockets that exists. Nothing is dialled yet.
 func New(uri, path string) *Connection {
-	return &Connection{uri: uri, socket: path, patience: Patience, grace: Grace}
+	return &Connection{uri: uri, socket: path, grace: Grace}
 }
 
 // Close closes the connection, at once: libvirtd needs no farewell.
@@ -75,20 +79,17 @@ func (c *Connection) Close() {
 }
 
 // do runs call on a live connection, and again on a new one while libvirtd is
-// away, for as long as ctx and c.patience allow. So call must be repeatable.
+// away, until ctx ends. So call must be repeatable.
 func (c *Connection) do(ctx context.Context, call func(*libvirt.Libvirt) error) error {
-	var away time.Time
+	begun := time.Now()
 	pause := 20 * time.Millisecond
 	for {
 		err := c.once(ctx, call)
-		if err == nil || !errors.Is(err, ErrUnreachable) {
+		if !errors.Is(err, ErrUnreachable) {
 			return err
 		}
-		if away.IsZero() {
-			away = time.Now()
-		}
-		if waited := time.Since(away); waited >= c.patience {
-			return fmt.Errorf("%w (waited %v for it)", err, waited.Round(time.Second))
+		if time.Since(begun) >= noticed {
+			c.tell(err)
 		}
 		select {
 		case <-ctx.Done():
@@ -96,6 +97,17 @@ func (c *Connection) do(ctx context.Context, call func(*libvirt.Libvirt) error) 
 		case <-time.After(pause):
 			pause = min(2*pause, time.Second)
 		}
+	}
+}
+
+// tell calls Away, but once until there is a connection again.
+func (c *Connection) tell(err error) {
+	c.mu.Lock()
+	told := c.told
+	c.told = true
+	c.mu.Unlock()
+	if !told && c.Away != nil {
+		c.Away(err)
 	}
 }
 
@@ -160,7 +172,7 @@ func (c *Connection) session(ctx context.Context) (*session, error) {
 		}
 		return nil, fmt.Errorf("open %s through %s: %w", c.uri, path, err)
 	}
-	c.current = &session{rpc: rpc, conn: conn}
+	c.current, c.told = &session{rpc: rpc, conn: conn}, false
 	return c.current, nil
 }
 

@@ -37,7 +37,7 @@ func daemon(t *testing.T, treat func(net.Conn)) *Connection {
 
 // short shortens the waits that are constants of the product.
 func short(c *Connection) *Connection {
-	c.patience, c.grace = 200*time.Millisecond, 50*time.Millisecond
+	c.grace = 50 * time.Millisecond
 	return c
 }
 
@@ -69,8 +69,10 @@ func TestSilentDaemonIsLeftAtTheDeadline(t *testing.T) {
 func TestDaemonThatHangsUpIsTriedAgainThenUnreachable(t *testing.T) {
 	calls := make(chan struct{}, 1000)
 	c := daemon(t, func(conn net.Conn) { calls <- struct{}{}; conn.Close() })
-	err := within(t, func() error { _, err := c.State(context.Background(), "machine"); return err })
-	if !errors.Is(err, ErrUnreachable) {
+	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+	defer cancel()
+	err := within(t, func() error { _, err := c.State(ctx, "machine"); return err })
+	if !errors.Is(err, ErrUnreachable) || !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("error: %v", err)
 	}
 	if len(calls) < 2 {
@@ -84,7 +86,9 @@ func TestImpossiblePacketsCloseTheConnection(t *testing.T) {
 		c := daemon(t, func(conn net.Conn) {
 			conn.Write(binary.BigEndian.AppendUint32(nil, length))
 		})
-		err := within(t, func() error { _, err := c.State(context.Background(), "machine"); return err })
+		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+		defer cancel()
+		err := within(t, func() error { _, err := c.State(ctx, "machine"); return err })
 		if !errors.Is(err, ErrUnreachable) {
 			t.Errorf("length %d: error: %v", length, err)
 		}
@@ -107,7 +111,14 @@ func TestTornPacketEndsAtTheDeadline(t *testing.T) {
 func TestNoDaemonIsSaidWithARemedy(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "sock")
 	c := short(New("qemu:///system", path))
-	err := within(t, func() error { _, err := c.State(context.Background(), "machine"); return err })
+	var told []error
+	c.Away = func(err error) { told = append(told, err) }
+	ctx, cancel := context.WithTimeout(t.Context(), 2*noticed)
+	defer cancel()
+	err := within(t, func() error { _, err := c.State(ctx, "machine"); return err })
+	if len(told) != 1 || !errors.Is(told[0], ErrUnreachable) {
+		t.Errorf("told while waiting: %v", told)
+	}
 	if !errors.Is(err, ErrUnreachable) || !strings.Contains(err.Error(), path) || !strings.Contains(err.Error(), "systemctl start") {
 		t.Errorf("error: %v", err)
 	}
