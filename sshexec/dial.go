@@ -39,10 +39,12 @@ func Dial(ctx context.Context, t Target) (*Client, error) {
 }
 
 func dial(ctx context.Context, t Target, interval, limit time.Duration) (*Client, error) {
-	if t.Key == nil {
+	network := "tcp"
+	if t.relay() {
+		network = "unix"
+	} else if t.Key == nil {
 		return nil, fmt.Errorf("connect to %s: no SSH key given", t.Address)
-	}
-	if _, _, err := net.SplitHostPort(t.Address); err != nil {
+	} else if _, _, err := net.SplitHostPort(t.Address); err != nil {
 		return nil, fmt.Errorf("connect to %q: %w", t.Address, err)
 	}
 	pin, err := newHostKeyPin(t.HostKey)
@@ -51,7 +53,7 @@ func dial(ctx context.Context, t Target, interval, limit time.Duration) (*Client
 	}
 
 	var dialer net.Dialer
-	raw, err := dialer.DialContext(ctx, "tcp", t.Address)
+	raw, err := dialer.DialContext(ctx, network, t.Address)
 	if err != nil {
 		if ctx.Err() != nil {
 			err = fmt.Errorf("%w: %w", ended(ctx), err)
@@ -104,13 +106,17 @@ type login struct {
 }
 
 func (l *login) config(pin *hostKeyPin) *ssh.ClientConfig {
+	var auth []ssh.AuthMethod
+	if l.Key != nil {
+		auth = append(auth, ssh.PublicKeysCallback(func() ([]ssh.Signer, error) {
+			l.offered = true
+			return []ssh.Signer{l.Key}, nil
+		}))
+	}
 	return &ssh.ClientConfig{
 		Config: ssh.Config{KeyExchanges: keyExchanges},
 		User:   l.User,
-		Auth: []ssh.AuthMethod{ssh.PublicKeysCallback(func() ([]ssh.Signer, error) {
-			l.offered = true
-			return []ssh.Signer{l.Key}, nil
-		})},
+		Auth:   auth,
 		// Called before each attempt; two nils leave the choice to Auth.
 		AuthCallback: func(a *ssh.ClientAuthContext) (ssh.AuthMethod, error) {
 			l.methods = a.AllowedMethods

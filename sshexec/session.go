@@ -68,7 +68,7 @@ func (c *Client) open(line string) (*session, error) {
 	ch, reqs, err := c.ssh.OpenChannel("session", nil)
 	var refusal *ssh.OpenChannelError
 	if errors.As(err, &refusal) {
-		return nil, fmt.Errorf("the server refused a session: %w", err)
+		return nil, fmt.Errorf("%w: %w", ErrRefused, err)
 	}
 	if err != nil {
 		return nil, c.lost()

@@ -42,6 +42,10 @@ var (
 	// ErrHostKey says that the server is not the one it was expected to be.
 	ErrHostKey = errors.New("the server's host key is not the expected one")
 
+	// ErrRefused says that the server has no session to give, as when as many
+	// as it allows to a connection are still open. Nothing has been run.
+	ErrRefused = errors.New("the server refused a session")
+
 	// ErrLost says that the connection ended before the exit status of a command
 	// had come.
 	ErrLost = errors.New("connection to the guest lost")
@@ -49,9 +53,9 @@ var (
 
 // Target says where a guest's SSH server is and how to log in to it.
 type Target struct {
-	Address string     // host:port
-	User    string     // the account on the guest
-	Key     ssh.Signer // the only key that is offered, see [LoadKey]
+	Address string     // host:port, or the absolute path of a [Relay]'s socket
+	User    string     // the account on the guest; a Relay has its own
+	Key     ssh.Signer // the only key that is offered, see [LoadKey]; a Relay takes none
 
 	// HostKey is the one host key that is accepted, in the format of an
 	// authorized_keys or .pub file. Empty means that no key is known yet: then
@@ -59,6 +63,9 @@ type Target struct {
 	// keeps [Client.HostKey] for every later one.
 	HostKey string
 }
+
+// relay reports whether the target is a Relay.
+func (t Target) relay() bool { return strings.HasPrefix(t.Address, "/") }
 
 // A Client is an authenticated connection to a guest's SSH server. One Client
 // is meant for one script: a cancelled [Client.Run] closes it.

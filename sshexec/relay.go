@@ -1,0 +1,155 @@
+package sshexec
+
+import (
+	"context"
+	"crypto/ed25519"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"strings"
+	"sync"
+
+	"golang.org/x/crypto/ssh"
+)
+
+// A Relay is a small SSH server in front of a Client: whoever connects to it
+// gets the sessions of the Client's one connection, without the handshake and
+// the login that a connection to the guest costs. It serves processes of this
+// host, which its UNIX socket lets in or not; its own host key shows them that
+// they have found the right one.
+type Relay struct {
+	client *Client
+	config *ssh.ServerConfig
+	key    ssh.Signer
+}
+
+// NewRelay returns a relay for c, with a host key of its own.
+func (c *Client) NewRelay() (*Relay, error) {
+	_, private, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		return nil, fmt.Errorf("make a host key for the relay: %w", err)
+	}
+	key, err := ssh.NewSignerFromKey(private)
+	if err != nil {
+		return nil, fmt.Errorf("make a host key for the relay: %w", err)
+	}
+	// The guest's version tells a Client what kind of server is at the end.
+	config := &ssh.ServerConfig{NoClientAuth: true, ServerVersion: string(c.ssh.ServerVersion())}
+	config.AddHostKey(key)
+	return &Relay{c, config, key}, nil
+}
+
+// HostKey returns the relay's own host key, in the format of [Target.HostKey].
+func (r *Relay) HostKey() string {
+	return strings.TrimSpace(string(ssh.MarshalAuthorizedKey(r.key.PublicKey())))
+}
+
+// Serve serves all who connect to l until the connection to the guest is lost,
+// which is the error that it returns, or ctx ends. Then l and all of its
+// connections are closed.
+func (r *Relay) Serve(ctx context.Context, l net.Listener) error {
+	var conns sync.WaitGroup
+	defer conns.Wait()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(ctx, func() { l.Close() })()
+	go func() {
+		<-r.client.dead
+		cancel()
+	}()
+	for {
+		conn, err := l.Accept()
+		switch {
+		case err == nil:
+			conns.Go(func() { r.serve(ctx, conn) })
+		case r.client.down():
+			return r.client.lost()
+		default:
+			return err
+		}
+	}
+}
+
+// serve serves one connection.
+func (r *Relay) serve(ctx context.Context, conn net.Conn) {
+	defer conn.Close()
+	defer context.AfterFunc(ctx, func() { conn.Close() })()
+	_, channels, requests, err := ssh.NewServerConn(conn, r.config)
+	if err != nil {
+		return // whoever it was has gone
+	}
+	go ssh.DiscardRequests(requests)
+	var sessions sync.WaitGroup
+	defer sessions.Wait()
+	for asked := range channels {
+		if asked.ChannelType() != "session" {
+			asked.Reject(ssh.Prohibited, "only sessions are relayed")
+			continue
+		}
+		sessions.Go(func() { r.session(asked) })
+	}
+}
+
+// session relays one session: what it is asked to do, its streams, and how it
+// ended.
+func (r *Relay) session(asked ssh.NewChannel) {
+	far, told, err := r.client.ssh.OpenChannel("session", nil)
+	if err != nil {
+		reason := ssh.ConnectionFailed
+		var refusal *ssh.OpenChannelError
+		if errors.As(err, &refusal) {
+			reason = refusal.Reason
+		}
+		asked.Reject(reason, err.Error())
+		return
+	}
+	defer far.Close()
+	near, requests, err := asked.Accept()
+	if err != nil {
+		go ssh.DiscardRequests(told)
+		return
+	}
+	defer near.Close()
+
+	go func() {
+		pass(requests, far, "exec", "signal")
+		far.Close() // whoever asked for the session is done with it
+	}()
+	go func() {
+		io.Copy(far, near)
+		far.CloseWrite()
+	}()
+	var back sync.WaitGroup
+	back.Go(func() { pass(told, near, "exit-status", "exit-signal") })
+	var output sync.WaitGroup
+	output.Go(func() { io.Copy(near, far) })
+	output.Go(func() { io.Copy(near.Stderr(), far.Stderr()) })
+	output.Wait()
+	near.CloseWrite()
+	back.Wait()
+}
+
+// pass passes on the requests of these types, and refuses others.
+func pass(requests <-chan *ssh.Request, to ssh.Channel, types ...string) {
+	for request := range requests {
+		ok := false
+		for _, known := range types {
+			if request.Type == known {
+				ok, _ = to.SendRequest(request.Type, request.WantReply, request.Payload)
+			}
+		}
+		request.Reply(ok, nil)
+	}
+}
+
+// down reports whether the connection is down.
+func (c *Client) down() bool {
+	select {
+	case <-c.dead:
+		return true
+	default:
+		return false
+	}
+}
