@@ -74,6 +74,7 @@ func app() *cli.App {
 				func(ctx context.Context, s *driver.Stage, args []string) error { return s.Run(ctx, args[0]) }),
 			command("cleanup", "remove the job's machine and all that belongs to it (cleanup_exec)", "", cleanupHelp,
 				func(ctx context.Context, s *driver.Stage, _ []string) error { return s.Cleanup(ctx) }),
+			keepCommand(),
 			listCommand(),
 			gcCommand(),
 			{
@@ -150,7 +151,7 @@ func perform(c *cli.Context, environment *gitlab.Environment, log *gitlab.Log, d
 		return err
 	}
 	defer host.Hypervisor.Close()
-	return do(c.Context, &driver.Stage{
+	stage := &driver.Stage{
 		Host:        *host,
 		Environment: environment,
 		Connect: func(ctx context.Context, target sshexec.Target) (driver.Shell, error) {
@@ -159,7 +160,26 @@ func perform(c *cli.Context, environment *gitlab.Environment, log *gitlab.Log, d
 		Stdout:  os.Stdout,
 		Stderr:  os.Stderr,
 		Version: version,
-	}, c.Args().Slice())
+	}
+	if configured.KeepConnection {
+		stage.StartKeeper = driver.StartKeeper
+	}
+	return do(c.Context, stage, c.Args().Slice())
+}
+
+// keepCommand is for the prepare stage alone to call.
+func keepCommand() *cli.Command {
+	return &cli.Command{
+		Name:      "keep",
+		Hidden:    true,
+		UsageText: "libvirt-driver keep DIR MACHINE",
+		Action: func(c *cli.Context) error {
+			if c.NArg() != 2 {
+				return errors.New("keep is for the driver itself to call")
+			}
+			return driver.Keep(c.Context, c.Args().Get(0), c.Args().Get(1), os.Stdin, os.Stdout)
+		},
+	}
 }
 
 // newHost returns the host as the settings have it. Nothing is dialled yet.

@@ -118,6 +118,7 @@ func (h *Host) remove(ctx context.Context, name string, job gitlab.Job) (found b
 			return found, left
 		}
 	}
+	left.add(h.endKeeper(ctx, name), "the process that keeps its connection")
 	// The DHCP server takes its time, and nothing else waits for it.
 	released := h.releaseLeases(ctx, networks, macAddress(name))
 	defer released()

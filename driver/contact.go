@@ -19,6 +19,9 @@ type contact struct {
 	Address string `json:"address"`
 	// HostKey is in authorized_keys format.
 	HostKey string `json:"host_key"`
+	// Relay is the host key of the machine's keeper, in the same format; empty
+	// when the connection is not kept.
+	Relay string `json:"relay,omitempty"`
 }
 
 // contactFile is kept in the job's temporary folder on the host, which GitLab

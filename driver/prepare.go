@@ -35,7 +35,10 @@ func (s *Stage) Prepare(ctx context.Context) error {
 	if err := s.create(ctx, m); err != nil {
 		return err
 	}
-	contact, err := s.reach(ctx, m)
+	keeper := s.startKeeper(m)
+	ready := false
+	defer func() { keeper.release(ready) }()
+	contact, err := s.reach(ctx, m, keeper)
 	if err != nil {
 		s.showConsole(m.name)
 		return err
@@ -45,6 +48,7 @@ func (s *Stage) Prepare(ctx context.Context) error {
 	if err := s.handOver(ctx, m, contact); err != nil {
 		return err
 	}
+	ready = true
 	s.Log.Title("The machine is ready after %.1f s.", time.Since(m.made).Seconds())
 	return nil
 }

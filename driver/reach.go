@@ -23,7 +23,7 @@ const (
 )
 
 // reach waits until the new machine answers over SSH, for as long as it runs.
-func (s *Stage) reach(ctx context.Context, m machine) (contact, error) {
+func (s *Stage) reach(ctx context.Context, m machine, keeper *Keeper) (contact, error) {
 	ctx, stop := s.followed(ctx, m.name, func(state hypervisor.State) bool {
 		return state.Kind != hypervisor.Running
 	})
@@ -42,7 +42,7 @@ func (s *Stage) reach(ctx context.Context, m machine) (contact, error) {
 	s.Log.Step("address", time.Since(begun), "%s", address)
 
 	begun = time.Now()
-	reached, err := s.waitForShell(ctx, m, look)
+	reached, err := s.waitForShell(ctx, m, look, keeper)
 	if err != nil {
 		return contact{}, fmt.Errorf("wait for the guest's SSH: %w", err)
 	}
@@ -157,12 +157,11 @@ func (s *Stage) ask(m machine, sources ...hypervisor.AddressSource) locator {
 // looks for the address again each time: a guest that asks for one in its boot
 // loader and again later can have two, and an earlier attempt at the same job
 // may have left one.
-func (s *Stage) waitForShell(ctx context.Context, m machine, look locator) (contact, error) {
+func (s *Stage) waitForShell(ctx context.Context, m machine, look locator, keeper *Keeper) (contact, error) {
 	limit := s.Settings.Timeouts.SSH
 	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("none after %v (timeouts.ssh)", limit))
 	defer cancel()
-	key, err := sshexec.LoadKey(m.image.Key)
-	if err != nil {
+	if _, err := sshexec.LoadKey(m.image.Key); err != nil {
 		return contact{}, err
 	}
 	var last error
@@ -172,7 +171,7 @@ func (s *Stage) waitForShell(ctx context.Context, m machine, look locator) (cont
 		if err != nil {
 			return contact{}, err
 		}
-		reached, err := s.tryShell(ctx, m, sshexec.Target{Address: socketAddress(address), User: m.image.User, Key: key})
+		reached, err := s.tryShell(ctx, keeper, knock{Address: socketAddress(address), User: m.image.User, Key: m.image.Key, Limit: attempt})
 		switch {
 		case err == nil:
 			return reached, nil
@@ -197,22 +196,32 @@ func (s *Stage) waitForShell(ctx context.Context, m machine, look locator) (cont
 // errHopeless marks an attempt after which another is no use.
 var errHopeless = errors.New("no session with this guest is possible")
 
-// tryShell makes one attempt to get a shell.
-func (s *Stage) tryShell(ctx context.Context, m machine, target sshexec.Target) (contact, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, attempt, fmt.Errorf("no session after %v", attempt))
-	defer cancel()
-	shell, err := s.Connect(ctx, target)
+// tryShell makes one attempt to get a shell: the keeper's, or, without one, for
+// this stage alone.
+func (s *Stage) tryShell(ctx context.Context, keeper *Keeper, k knock) (reached contact, err error) {
+	if keeper.works() {
+		reached, err = keeper.knock(ctx, k)
+	} else {
+		reached, err = s.knock(ctx, k)
+	}
 	switch {
-	case errors.Is(err, sshexec.ErrUnreachable), errors.Is(err, sshexec.ErrKeyRejected):
+	case errors.Is(err, errNoKeeper) && ctx.Err() == nil:
+		s.Log.Note("every sub-stage will log in anew: %v", err)
+		return s.tryShell(ctx, nil, k)
+	case err == nil, errors.Is(err, sshexec.ErrUnreachable), errors.Is(err, sshexec.ErrKeyRejected):
+		return reached, err
+	}
+	return reached, fmt.Errorf("%w: %w", errHopeless, err)
+}
+
+// knock gets a shell and gives it up again.
+func (s *Stage) knock(ctx context.Context, k knock) (contact, error) {
+	shell, err := k.try(ctx, s.Connect)
+	if err != nil {
 		return contact{}, err
-	case err != nil:
-		return contact{}, fmt.Errorf("%w: %w", errHopeless, err)
 	}
 	defer shell.Close()
-	if err := shell.Ping(ctx); err != nil {
-		return contact{}, err
-	}
-	return contact{Address: target.Address, HostKey: shell.HostKey()}, nil
+	return contact{Address: k.Address, HostKey: shell.HostKey()}, nil
 }
 
 // socketAddress returns the address of a guest's SSH server.

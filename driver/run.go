@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"time"
 
@@ -50,21 +51,18 @@ func (s *Stage) Run(ctx context.Context, script string) error {
 	if err != nil {
 		return s.explain(ctx, watched, m, err)
 	}
-	defer shell.Close()
-	defer context.AfterFunc(watched, func() {
-		if ctx.Err() == nil {
-			shell.Abort(context.Cause(watched))
+	err = s.perform(ctx, watched, m, shell, text)
+	if errors.Is(err, sshexec.ErrRefused) && contact.Relay != "" {
+		// Processes that earlier scripts left behind hold as many sessions as the
+		// guest's server allows to one connection.
+		shell.Close()
+		contact.Relay = ""
+		if shell, err = s.enter(watched, m, contact); err != nil {
+			return s.explain(ctx, watched, m, err)
 		}
-	})()
-	err = shell.Run(ctx, sshexec.Command{
-		Shell:  string(m.image.Shell),
-		Script: text,
-		Stdout: s.Stdout,
-		Stderr: s.Stderr,
-		Lingering: func() {
-			s.Log.Note("the script has ended, but a process that it left in the background keeps its output open: not waited for")
-		},
-	})
+		err = s.perform(ctx, watched, m, shell, text)
+	}
+	defer shell.Close()
 	var exit *sshexec.ExitError
 	switch {
 	case errors.As(err, &exit) && s.alive(watched, shell):
@@ -78,8 +76,35 @@ func (s *Stage) Run(ctx context.Context, script string) error {
 	return nil
 }
 
-// enter opens a connection to the guest that prepare was in.
+// perform runs the script. It is cut short when the guest is known to be lost.
+func (s *Stage) perform(ctx, watched context.Context, m machine, shell Shell, script io.ReadSeeker) error {
+	if _, err := script.Seek(0, io.SeekStart); err != nil {
+		return fmt.Errorf("read the script: %w", err)
+	}
+	defer context.AfterFunc(watched, func() {
+		if ctx.Err() == nil {
+			shell.Abort(context.Cause(watched))
+		}
+	})()
+	return shell.Run(ctx, sshexec.Command{
+		Shell:  string(m.image.Shell),
+		Script: script,
+		Stdout: s.Stdout,
+		Stderr: s.Stderr,
+		Lingering: func() {
+			s.Log.Note("the script has ended, but a process that it left in the background keeps its output open: not waited for")
+		},
+	})
+}
+
+// enter opens a connection to the guest that prepare was in: by way of the
+// machine's keeper where there is one.
 func (s *Stage) enter(ctx context.Context, m machine, contact contact) (Shell, error) {
+	if contact.Relay != "" {
+		if shell, err := s.enterRelay(ctx, m.name, contact); err == nil {
+			return shell, nil
+		}
+	}
 	ctx, cancel := context.WithTimeoutCause(ctx, reconnect, fmt.Errorf("no session after %v", reconnect))
 	defer cancel()
 	key, err := sshexec.LoadKey(m.image.Key)
@@ -107,7 +132,8 @@ func (s *Stage) enter(ctx context.Context, m machine, contact contact) (Shell, e
 func (s *Stage) alive(ctx context.Context, shell Shell) bool {
 	ctx, cancel := context.WithTimeout(ctx, reconnect)
 	defer cancel()
-	return shell.Ping(ctx) == nil
+	err := shell.Ping(ctx)
+	return err == nil || errors.Is(err, sshexec.ErrRefused) // who refuses is alive
 }
 
 // explain says why a sub-stage was cut short: it was told to stop, or the guest

@@ -33,6 +33,9 @@ type Stage struct {
 	Environment *gitlab.Environment
 	// Connect opens an SSH session to a guest.
 	Connect func(context.Context, sshexec.Target) (Shell, error)
+	// StartKeeper starts the process that keeps the connection to a machine; see
+	// [StartKeeper]. Without it every sub-stage makes a connection of its own.
+	StartKeeper func(dir, machine string) (*Keeper, error)
 	// Stdout and Stderr take what the job's script writes.
 	Stdout, Stderr io.Writer
 	// Version is the driver's own.

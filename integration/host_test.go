@@ -104,8 +104,9 @@ func lookAround() (map[string][]string, error) {
 		return nil, err
 	}
 	for _, process := range processes {
-		if text, _ := os.ReadFile(process); strings.HasPrefix(filepath.Base(string(text)), "qemu-system-") {
-			args := strings.Split(string(text), "\x00")
+		text, _ := os.ReadFile(process)
+		args := strings.Split(string(text), "\x00")
+		if strings.HasPrefix(filepath.Base(args[0]), "qemu-system-") || strings.HasPrefix(string(text), "libvirt-driver\x00keep\x00") {
 			seen["processes"] = append(seen["processes"], strings.Join(args[:min(3, len(args))], " "))
 		}
 	}

@@ -27,12 +27,13 @@ const (
 var topKeys = keys[Settings]{
 	"uri": put(func(s *Settings) *string { return &s.URI },
 		choice("qemu:///system", "qemu:///session", "test:///default")),
-	"socket":         put(func(s *Settings) *string { return &s.Socket }, text(wantPath+`, or "" for the usual socket`, socketPath)),
-	"virt_type":      put(func(s *Settings) *VirtType { return &s.VirtType }, choice(VirtAuto, VirtKVM, VirtQEMU)),
-	"log_dir":        put(func(s *Settings) *string { return &s.LogDir }, text(wantPath, absPath)),
-	"reserve_memory": put(func(s *Settings) *uint64 { return &s.ReserveMemory }, size(0)),
-	"reserve_disk":   put(func(s *Settings) *uint64 { return &s.ReserveDisk }, size(0)),
-	"default_image":  put(func(s *Settings) *string { return &s.DefaultImage }, text(wantImage, anything)),
+	"socket":          put(func(s *Settings) *string { return &s.Socket }, text(wantPath+`, or "" for the usual socket`, socketPath)),
+	"virt_type":       put(func(s *Settings) *VirtType { return &s.VirtType }, choice(VirtAuto, VirtKVM, VirtQEMU)),
+	"log_dir":         put(func(s *Settings) *string { return &s.LogDir }, text(wantPath, absPath)),
+	"reserve_memory":  put(func(s *Settings) *uint64 { return &s.ReserveMemory }, size(0)),
+	"reserve_disk":    put(func(s *Settings) *uint64 { return &s.ReserveDisk }, size(0)),
+	"keep_connection": put(func(s *Settings) *bool { return &s.KeepConnection }, flag),
+	"default_image":   put(func(s *Settings) *string { return &s.DefaultImage }, text(wantImage, anything)),
 }
 
 // timeoutKeys are the keys of [timeouts].

@@ -36,6 +36,9 @@ type Settings struct {
 	// ReserveMemory and ReserveDisk are what no guest may take of the host's
 	// memory and of a pool's space, in bytes; 0 reserves nothing.
 	ReserveMemory, ReserveDisk uint64
+	// KeepConnection keeps the SSH connection of prepare open for the job's
+	// sub-stages.
+	KeepConnection bool
 	// DefaultImage names the image of jobs that name none; it is a key of
 	// Images, or "" when such jobs are refused.
 	DefaultImage string
@@ -202,12 +205,13 @@ func Default() *Settings {
 func base() *Settings {
 	const wait = 300 * time.Second
 	return &Settings{
-		URI:           "qemu:///system",
-		VirtType:      VirtAuto,
-		LogDir:        "/var/log/libvirt/qemu",
-		ReserveMemory: 512 * mib,
-		ReserveDisk:   1024 * mib,
-		Timeouts:      Timeouts{Address: wait, SSH: wait, Destroy: wait, Turn: 30 * time.Minute},
+		URI:            "qemu:///system",
+		VirtType:       VirtAuto,
+		LogDir:         "/var/log/libvirt/qemu",
+		KeepConnection: true,
+		ReserveMemory:  512 * mib,
+		ReserveDisk:    1024 * mib,
+		Timeouts:       Timeouts{Address: wait, SSH: wait, Destroy: wait, Turn: 30 * time.Minute},
 	}
 }
 

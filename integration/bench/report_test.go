@@ -180,13 +180,13 @@ func TestReport(t *testing.T) {
 		"machine: 2 cores",
 		"config – 0.006",
 		"prepare 109.50 100.00–119.00 99.50 90.00–109.00 0.909 ≤ 0.95 met",
-		"run, right after prepare 0.700 0.700 1.000 run, guest at rest 0.500 0.500 1.000 ≤ 0.80 missed",
+		"run, right after prepare 0.700 0.700 1.000 run, guest at rest 0.500 0.500 1.000 ≤ 0.14 missed",
 		"cleanup 1.700 1.700 1.000 ≤ 1.00 met",
 		// Without the runs at rest.
 		"whole job, 8 sub-stages 116.80 107.30–126.30 106.81 97.31–116.31 0.914",
 		// Ten calls of 25 ms, and the driver's config.
 		"whole job, 8 sub-stages 0.250 0.275 1.100",
-		"whole job, 8 sub-stages 30 30 none missed",
+		"whole job, 8 sub-stages 30 30 ≤ 1 missed",
 		"programs that they execute 10 10 none missed",
 		"any call of a job 97.0 97.0 1.000 < 40 MiB missed",
 		"call to guest started 2.000 2.000",
@@ -196,7 +196,7 @@ func TestReport(t *testing.T) {
 		"the guest's own share 9.000 9.000",
 		"all but that: the side's own 100.50 91.00–110.00 90.50 81.00–100.00",
 		"prepare: driver 90.95 94.75 99.50 104.25 107.10 108.05 109.00",
-		"2 of 6 targets met missed: Time, in seconds: run, guest at rest: ≤ 0.80 missed: Processes",
+		"2 of 6 targets met missed: Time, in seconds: run, guest at rest: ≤ 0.14 missed: Processes",
 	} {
 		if !strings.Contains(flat, want) {
 			t.Errorf("the report does not say %q:\n%s", want, &text)

@@ -1,0 +1,159 @@
+package driver
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"time"
+
+	"libvirt-driver/sshexec"
+)
+
+// A keeper is a process of the driver's own that holds one SSH connection to a
+// job's guest open, from prepare to cleanup, and relays its sessions to the
+// job's sub-stages: the handshake and the login are most of what a sub-stage
+// would cost. This file is that process; keeper.go is what stages know of it.
+//
+// prepare starts it, has it knock at the guest until it is let in, and then
+// lets it go. What the two say to each other are JSON values over two pipes.
+
+// knock is what prepare asks of a keeper: to try to get a shell, or to go on
+// without prepare.
+type knock struct {
+	Address string        `json:"address,omitempty"`
+	User    string        `json:"user,omitempty"`
+	Key     string        `json:"key,omitempty"` // the file's path
+	HostKey string        `json:"host_key,omitempty"`
+	Limit   time.Duration `json:"limit,omitempty"`
+	Keep    bool          `json:"keep,omitempty"`
+}
+
+// answer is what came of a knock.
+type answer struct {
+	// HostKey is the guest's and Relay the relay's.
+	HostKey string `json:"host_key,omitempty"`
+	Relay   string `json:"relay,omitempty"`
+	// Err says why there is no shell, and Kind what a caller can do about it:
+	// an index into outcomes.
+	Err  string `json:"error,omitempty"`
+	Kind int    `json:"kind,omitempty"`
+}
+
+// outcomes are the errors on which prepare decides. The first stands for every
+// other.
+var outcomes = []error{errors.New("no session is possible"), sshexec.ErrUnreachable, sshexec.ErrKeyRejected, sshexec.ErrHostKey}
+
+// Keep is the keeper's whole life. It returns when the connection is lost, or
+// when calls end before it was told to go on by itself, as they do when prepare
+// dies. dir is the folder for locks.
+func Keep(ctx context.Context, dir, machine string, calls io.ReadCloser, answers io.WriteCloser) error {
+	leave, err := register(dir, machine)
+	if err != nil {
+		return err
+	}
+	defer leave()
+	l, err := net.Listen("unix", relayPath(dir, machine))
+	if err != nil {
+		return fmt.Errorf("make a socket for sub-stages: %w", err)
+	}
+	defer l.Close() // removes the socket, too
+
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	knocks, kept := listen(ctx, cancel, calls)
+	reply := json.NewEncoder(answers)
+	for {
+		var k knock
+		select {
+		case k = <-knocks:
+		case <-ctx.Done():
+			return nil
+		}
+		var client *sshexec.Client
+		shell, err := k.try(ctx, func(ctx context.Context, target sshexec.Target) (_ Shell, err error) {
+			client, err = sshexec.Dial(ctx, target)
+			return client, err
+		})
+		if err != nil {
+			if err := reply.Encode(refusal(err)); err != nil {
+				return err
+			}
+			continue
+		}
+		defer shell.Close()
+		relay, err := client.NewRelay()
+		if err != nil {
+			return err
+		}
+		served := make(chan error, 1)
+		go func() { served <- relay.Serve(ctx, l) }()
+		if err := reply.Encode(answer{HostKey: client.HostKey(), Relay: relay.HostKey()}); err != nil {
+			return err
+		}
+		select {
+		case <-kept:
+			calls.Close()
+			answers.Close()
+		case <-ctx.Done():
+		}
+		return <-served
+	}
+}
+
+// listen passes on what prepare asks for until it says to go on without it,
+// which closes kept. Calls that end before that end the keeper.
+func listen(ctx context.Context, end func(), calls io.Reader) (knocks <-chan knock, kept <-chan struct{}) {
+	asked, told := make(chan knock), make(chan struct{})
+	go func() {
+		for in := json.NewDecoder(calls); ; {
+			var k knock
+			if in.Decode(&k) != nil {
+				end()
+				return
+			}
+			if k.Keep {
+				close(told)
+				return
+			}
+			select {
+			case asked <- k:
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+	return asked, told
+}
+
+// try tries to get a shell, and that it takes commands.
+func (k knock) try(ctx context.Context, connect func(context.Context, sshexec.Target) (Shell, error)) (Shell, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, k.Limit, fmt.Errorf("no session after %v", k.Limit))
+	defer cancel()
+	key, err := sshexec.LoadKey(k.Key)
+	if err != nil {
+		return nil, err
+	}
+	shell, err := connect(ctx, sshexec.Target{Address: k.Address, User: k.User, Key: key, HostKey: k.HostKey})
+	if err != nil {
+		return nil, err
+	}
+	if err := shell.Ping(ctx); err != nil {
+		shell.Close()
+		// Where a login is not possible yet, it may be later.
+		return nil, fmt.Errorf("%w: %w", sshexec.ErrUnreachable, err)
+	}
+	return shell, nil
+}
+
+func refusal(err error) answer {
+	a := answer{Err: err.Error()}
+	for kind, outcome := range outcomes {
+		if errors.Is(err, outcome) {
+			a.Kind = kind
+		}
+	}
+	return a
+}

@@ -1,0 +1,141 @@
+//go:build integration
+
+package integration
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"libvirt-driver/integration/runner"
+)
+
+// keeper returns the process ID of a machine's keeper, 0 when there is none. It asks /proc, not the driver.
+func keeper(t *testing.T, machine string) int {
+	t.Helper()
+	processes, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, process := range processes {
+		text, _ := os.ReadFile(process)
+		if strings.HasPrefix(string(text), "libvirt-driver\x00keep\x00") && strings.Contains(string(text), machine) {
+			var pid int
+			fmt.Sscanf(process, "/proc/%d/", &pid)
+			return pid
+		}
+	}
+	return 0
+}
+
+func TestAJobsSubStagesShareTheConnectionOfPrepare(t *testing.T) {
+	t.Parallel()
+	job := newJob(runner.Job{})
+	cfg := newSettings(t, tiny("")).runner(t)
+	cfg.Env = append(cfg.Env, "CUSTOM_ENV_SECRET=not for a process that stays")
+	ex := prepared(t, cfg, job)
+	pid := keeper(t, machineOf(job))
+	if pid == 0 {
+		t.Fatal("no process keeps the connection")
+	}
+	connections := map[string]bool{}
+	for range 3 {
+		connections[output(t, ex, `echo "$SSH_CONNECTION"`)] = true
+	}
+	if len(connections) != 1 {
+		t.Errorf("scripts came by %d connections: %v", len(connections), connections)
+	}
+
+	// Nothing of the runner's is in the keeper's hands.
+	if env, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", pid)); err != nil || len(env) > 0 {
+		t.Errorf("the keeper's environment: %q, %v", env, err)
+	}
+	files, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", pid))
+	if err != nil || len(files) == 0 {
+		t.Fatal(files, err)
+	}
+	for _, file := range files {
+		target, _ := os.Readlink(file)
+		if strings.HasPrefix(target, "pipe:") || strings.HasPrefix(target, cfg.TempDir) {
+			t.Errorf("the keeper has %s open", target)
+		}
+	}
+	if session, err := syscall.Getpgid(pid); err != nil || session != pid {
+		t.Errorf("the keeper's process group is %d, %v", session, err)
+	}
+
+	want(t, ex, ex.Cleanup(t.Context()), 0)
+	if pid := keeper(t, machineOf(job)); pid != 0 {
+		t.Errorf("the keeper outlives cleanup as process %d", pid)
+	}
+}
+
+func TestAJobGoesOnWithoutItsKeeper(t *testing.T) {
+	t.Parallel()
+	job := newJob(runner.Job{})
+	ex := prepared(t, newSettings(t, tiny("")).runner(t), job)
+	machine := machineOf(job)
+	pid := keeper(t, machine)
+	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	r := ex.Run(t.Context(), "step_look", "exit 7")
+	want(t, ex, r, 1)
+	wantWithin(t, r, 30*time.Second)
+	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "the keeper has ended", func() bool { return keeper(t, machine) == 0 })
+	if got := output(t, ex, "echo alone"); got != "alone\n" {
+		t.Errorf("output %q", got)
+	}
+	want(t, ex, ex.Cleanup(t.Context()), 0)
+	wantGone(t, machine)
+}
+
+// A server gives so many sessions to a connection (MaxSessions) and no more, and a process that holds its output open
+// holds its session.
+func TestProcessesThatStayDoNotUseTheConnectionUp(t *testing.T) {
+	t.Parallel()
+	ex := prepared(t, newSettings(t, tiny("")).runner(t), newJob(runner.Job{}))
+	for i := range 12 {
+		r := ex.Run(t.Context(), "step_stay", fmt.Sprintf("sleep 1000 & echo %d; [ %d -lt 9 ] || exit 3", i, i))
+		exit := 0
+		if i >= 9 {
+			exit = 1
+		}
+		want(t, ex, r, exit)
+	}
+}
+
+func TestAKeeperEndsWithAPrepareThatFails(t *testing.T) {
+	t.Parallel()
+	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL} {
+		job := newJob(runner.Job{})
+		ex := start(t, newSettings(t, tiny("")).runner(t), job)
+		call := ex.StartPrepare()
+		waitFor(t, call, "  machine ")
+		until(t, "the keeper has begun", func() bool { return keeper(t, machineOf(job)) != 0 })
+		if err := syscall.Kill(call.Pid(), sig); err != nil {
+			t.Fatal(err)
+		}
+		call.Wait(t.Context())
+		until(t, "the keeper has ended", func() bool { return keeper(t, machineOf(job)) == 0 })
+	}
+}
+
+func TestWithoutAKeptConnectionEveryScriptHasItsOwn(t *testing.T) {
+	t.Parallel()
+	job := newJob(runner.Job{})
+	ex := prepared(t, newSettings(t, "keep_connection = false\n"+tiny("")).runner(t), job)
+	if pid := keeper(t, machineOf(job)); pid != 0 {
+		t.Errorf("process %d keeps the connection", pid)
+	}
+	if one, two := output(t, ex, `echo "$SSH_CONNECTION"`), output(t, ex, `echo "$SSH_CONNECTION"`); one == two || one == "\n" {
+		t.Errorf("scripts came by %q and %q", one, two)
+	}
+}
