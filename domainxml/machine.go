@@ -35,11 +35,25 @@ type Machine struct {
 	// Isolated keeps the guest from reaching other isolated guests of the
 	// network; it needs a Linux bridge.
 	Isolated bool
+	// Filter is the libvirt network filter that the guest's packets pass; it
+	// needs a Linux bridge, too. Optional.
+	Filter string
+	// Limits bounds what the guest may take of the host's disk and network.
+	Limits Limits
 	// ConsoleLog is the host's file that receives what the guest writes to
 	// its serial console.
 	ConsoleLog string
 	// Metadata says whose machine it is.
 	Metadata Metadata
+}
+
+// Limits bounds a guest's I/O; 0 is no limit.
+type Limits struct {
+	// DiskRate is in bytes per second and DiskIOPS in operations per second, of
+	// reads and writes together.
+	DiskRate, DiskIOPS uint64
+	// NetworkRate is in bytes per second, each way.
+	NetworkRate uint64
 }
 
 // Host is what the hypervisor can offer.
@@ -201,7 +215,30 @@ func (m Machine) disk() libvirtxml.DomainDisk {
 			BackingStore: &libvirtxml.DomainDiskBackingStore{},
 		},
 		Target: &libvirtxml.DomainDiskTarget{Dev: "vda", Bus: "virtio"},
+		IOTune: m.Limits.disk(),
 	}
+}
+
+// disk returns the limits of the disk, nil for none.
+// https://libvirt.org/formatdomain.html#hard-drives-floppy-disks-cdroms
+func (l Limits) disk() *libvirtxml.DomainDiskIOTune {
+	if l.DiskRate == 0 && l.DiskIOPS == 0 {
+		return nil
+	}
+	return &libvirtxml.DomainDiskIOTune{TotalBytesSec: l.DiskRate, TotalIopsSec: l.DiskIOPS}
+}
+
+// network returns the limits of the network, nil for none.
+// https://libvirt.org/formatnetwork.html#quality-of-service
+func (l Limits) network() *libvirtxml.DomainInterfaceBandwidth {
+	if l.NetworkRate == 0 {
+		return nil
+	}
+	average := int(l.NetworkRate / 1024) // in KiB/s
+	way := func() *libvirtxml.DomainInterfaceBandwidthParams {
+		return &libvirtxml.DomainInterfaceBandwidthParams{Average: &average}
+	}
+	return &libvirtxml.DomainInterfaceBandwidth{Inbound: way(), Outbound: way()}
 }
 
 func (m Machine) networkInterface() libvirtxml.DomainInterface {
@@ -210,7 +247,11 @@ func (m Machine) networkInterface() libvirtxml.DomainInterface {
 		Source: &libvirtxml.DomainInterfaceSource{Network: &libvirtxml.DomainInterfaceSourceNetwork{Network: m.Network}},
 		Model:  &libvirtxml.DomainInterfaceModel{Type: "virtio"},
 		// No boot ROM: the guest never boots from the network.
-		ROM: &libvirtxml.DomainROM{Enabled: "no"},
+		ROM:       &libvirtxml.DomainROM{Enabled: "no"},
+		Bandwidth: m.Limits.network(),
+	}
+	if m.Filter != "" {
+		nic.FilterRef = &libvirtxml.DomainInterfaceFilterRef{Filter: m.Filter}
 	}
 	if m.Isolated {
 		nic.PortOptions = &libvirtxml.DomainInterfacePortOptions{Isolated: "yes"}

@@ -167,3 +167,23 @@ func TestIsolation(t *testing.T) {
 		t.Errorf("port options with isolation: %+v", port)
 	}
 }
+
+func TestLimitsAreLibvirts(t *testing.T) {
+	m := machine()
+	if xml := parse(t, m); xml.Devices.Disks[0].IOTune != nil || xml.Devices.Interfaces[0].Bandwidth != nil || xml.Devices.Interfaces[0].FilterRef != nil {
+		t.Error("a machine without limits has some")
+	}
+	m.Limits = Limits{DiskRate: 4 << 20, DiskIOPS: 200, NetworkRate: 1 << 20}
+	m.Filter = "clean-traffic"
+	devices := parse(t, m).Devices
+	if tune := devices.Disks[0].IOTune; tune == nil || tune.TotalBytesSec != 4<<20 || tune.TotalIopsSec != 200 {
+		t.Errorf("disk: %+v", tune)
+	}
+	nic := devices.Interfaces[0]
+	if nic.Bandwidth == nil || *nic.Bandwidth.Inbound.Average != 1024 || *nic.Bandwidth.Outbound.Average != 1024 {
+		t.Errorf("network: %+v", nic.Bandwidth)
+	}
+	if nic.FilterRef == nil || nic.FilterRef.Filter != "clean-traffic" {
+		t.Errorf("filter: %+v", nic.FilterRef)
+	}
+}

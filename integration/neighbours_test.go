@@ -57,6 +57,81 @@ func TestGuestsReachEachOtherOnlyWhereTheAdministratorLetsThem(t *testing.T) {
 	}
 }
 
+// forge makes a guest speak as another and prints what came of it: "answered" when the host's end of the network took
+// it for that. The guest is itself again afterwards.
+const forge = `
+gw=192.168.122.1
+try() { if sudo ping -c 3 -w 6 "$@" $gw >/dev/null; then echo answered; else echo nothing; fi; }
+printf 'itself: '; try
+sudo ip address add %[1]s/24 dev eth0
+printf 'address: '; try -I %[1]s
+sudo ip address del %[1]s/24 dev eth0
+own=$(cat /sys/class/net/eth0/address)
+sudo ip link set eth0 down; sudo ip link set eth0 address 52:54:00:00:be:ef; sudo ip link set eth0 up
+printf 'mac: '; try
+sudo ip link set eth0 down; sudo ip link set eth0 address "$own"; sudo ip link set eth0 up
+`
+
+// The neighbour says nothing meanwhile, so that only the filter stands between the guest and its address.
+func TestAGuestThatForgesItsNeighboursAddressGetsNothing(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct{ image, want string }{
+		"by default": {"", "itself: answered\naddress: nothing\nmac: nothing\n"},
+		"allowed":    {`filter = ""`, "itself: answered\naddress: answered\nmac: answered\n"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := newSettings(t, tiny(test.image))
+			here, there := newJob(runner.Job{}), newJob(runner.Job{})
+			ex := prepared(t, s.runner(t), here)
+			prepared(t, s.runner(t), there)
+			neighbour := address(t, there)
+			virsh(t, "suspend", machineOf(there))
+			// In the background, as the guest's connection stands still meanwhile.
+			output(t, ex, "cat > forge <<'END'\n"+fmt.Sprintf(forge, neighbour)+"\nEND\nsh forge > forged 2> errors < /dev/null &")
+			time.Sleep(3 * time.Second)
+			got := output(t, ex, "for i in $(seq 60); do [ $(wc -l < forged) -lt 3 ] || break; sleep 1; done; sleep 2; cat forged errors")
+			if got != test.want {
+				t.Errorf("got %q, want %q", got, test.want)
+			}
+		})
+	}
+}
+
+// A lease outlives its guest, unless it is given back: a network with one address serves one job after another.
+func TestASmallRangeServesManyJobs(t *testing.T) {
+	t.Parallel()
+	n := defineNetwork(t, true)
+	virsh(t, "net-update", n.name, "delete", "ip-dhcp-range",
+		fmt.Sprintf("<range start='%[1]s.2' end='%[1]s.254'/>", n.prefix), "--config")
+	virsh(t, "net-update", n.name, "add", "ip-dhcp-range", fmt.Sprintf("<range start='%[1]s.2' end='%[1]s.2'/>", n.prefix), "--config")
+	virsh(t, "net-start", n.name)
+	s := newSettings(t, tiny(fmt.Sprintf("network = %q", n.name)))
+	for range 3 {
+		job := newJob(runner.Job{Script: []string{"echo green"}})
+		if outcome, err := runner.RunJob(t.Context(), s.runner(t), job); err != nil || outcome.Status != runner.Success {
+			t.Fatalf("job %d: %+v, %v", job.ID, outcome, err)
+		}
+	}
+	if left := virsh(t, "net-dhcp-leases", n.name); strings.Contains(left, n.prefix) {
+		t.Errorf("leases are left: %s", left)
+	}
+}
+
+// libvirt, and not the guest, sets the bounds.
+func TestAGuestsIOIsBounded(t *testing.T) {
+	t.Parallel()
+	job := newJob(runner.Job{})
+	prepared(t, newSettings(t, tiny("disk_rate = \"4 MiB\"\ndisk_iops = 200")).runner(t), job)
+	machine := machineOf(job)
+	tune := virsh(t, "blkdeviotune", machine, "vda")
+	for label, want := range map[string]int{"total_bytes_sec:": 4 << 20, "total_iops_sec :": 200} {
+		if got := number(t, tune, label); got != want {
+			t.Errorf("%s %d, want %d", label, got, want)
+		}
+	}
+}
+
 // number returns the number before a unit in a line of virsh's that starts with label.
 func number(t *testing.T, text, label string) int {
 	t.Helper()

@@ -73,6 +73,11 @@ var imageKeys = keys[Image]{
 	"shell":    put(func(i *Image) *Shell { return &i.Shell }, choice(ShellBash, ShellSh, ShellPwsh, ShellPowerShell)),
 	"address":  put(func(i *Image) *AddressSource { return &i.Address }, choice(AddressAuto, AddressLease, AddressAgent, AddressARP)),
 	"isolated": put(func(i *Image) *bool { return &i.Isolated }, flag),
+	"filter": put(func(i *Image) *string { return &i.Filter },
+		text(`write the name of a network filter, see virsh nwfilter-list, or "" for none`, optional(objectName))),
+	"disk_rate":    put(func(i *Image) *uint64 { return &i.DiskRate }, rate),
+	"disk_iops":    put(func(i *Image) *uint { return &i.DiskIOPS }, operations),
+	"network_rate": put(func(i *Image) *uint64 { return &i.NetworkRate }, rate),
 	"builds_dir": put(func(i *Image) *string { return &i.BuildsDir },
 		text(wantPath+` in the guest, or "" for builds in the user's home`, optional(guestPath))),
 	"cache_dir": put(func(i *Image) *string { return &i.CacheDir },
@@ -160,6 +165,12 @@ func size(least uint64) func(any) (uint64, *fault) {
 	if least == 0 {
 		remedy += `, or "" for none`
 	}
+	return amount(minSize, least == 0, remedy)
+}
+
+// amount reads a number of bytes from least to maxSize; with none, "" and 0 are
+// allowed and mean none.
+func amount(least uint64, none bool, remedy string) func(any) (uint64, *fault) {
 	return func(v any) (uint64, *fault) {
 		var n uint64
 		var shown string
@@ -173,20 +184,37 @@ func size(least uint64) func(any) (uint64, *fault) {
 		case string:
 			shown = quote(v)
 			var ok bool
-			if n, ok = parseSize(v); !ok && (v != "" || least > 0) {
+			if n, ok = parseSize(v); !ok && (v != "" || !none) {
 				return 0, &fault{shown + " is not a size", remedy}
 			}
 		default:
 			return 0, &fault{"is " + kind(v) + ", not a string or an integer", remedy}
 		}
-		if n == 0 && least == 0 {
+		if n == 0 && none {
 			return 0, nil
 		}
-		if n < minSize || n > maxSize {
+		if n < least || n > maxSize {
 			return 0, &fault{shown + " is out of range", remedy}
 		}
 		return n, nil
 	}
+}
+
+// rate reads a number of bytes per second, "" or 0 for no limit.
+var rate = amount(64<<10, true,
+	fmt.Sprintf(`write what it may be in a second, from 64 KiB to %s, such as "100 MiB" or 100 (MiB), or "" for no limit`, FormatSize(maxSize)))
+
+// operations reads a number of operations per second, 0 for no limit.
+func operations(v any) (uint, *fault) {
+	const least, most, remedy = 10, 10_000_000, "write a whole number from 10 to 10000000, or 0 for no limit"
+	n, ok := v.(int64)
+	if !ok {
+		return 0, &fault{"is " + kind(v) + ", not an integer", remedy}
+	}
+	if n != 0 && (n < least || n > most) {
+		return 0, &fault{strconv.FormatInt(n, 10) + " is out of range", remedy}
+	}
+	return uint(n), nil
 }
 
 func flag(v any) (bool, *fault) {

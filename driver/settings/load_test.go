@@ -29,7 +29,7 @@ func defaultImage(name, volume string) Image {
 	return Image{
 		Name: name, Volume: volume, Format: FormatQCOW2, Pool: "default", Network: "default",
 		VCPUs: 2, Memory: 2048 << 20,
-		User: "gitlab-runner", Key: "/root/.ssh/id_rsa", Shell: ShellBash, Address: AddressAuto, Isolated: true,
+		User: "gitlab-runner", Key: "/root/.ssh/id_rsa", Shell: ShellBash, Address: AddressAuto, Isolated: true, Filter: "clean-traffic",
 		BuildsDir: "/home/gitlab-runner/builds", CacheDir: "/home/gitlab-runner/cache",
 	}
 }
@@ -104,6 +104,10 @@ key = "/etc/libvirt-driver/id_ed25519"
 shell = "sh"
 address = "lease"
 isolated = false
+filter = ""
+disk_rate = "100 MB"
+disk_iops = 500
+network_rate = 10
 builds_dir = "/srv/builds"
 cache_dir = "/srv/cache"
 
@@ -137,6 +141,7 @@ image = "windows"
 		Firmware: FirmwareUEFI, Machine: "q35", CPU: "Skylake-Server-v5",
 		Kernel: "/boot/vmlinuz", Initrd: "/boot/initrd.img", Cmdline: "console=ttyS0 root=/dev/vda1",
 		User: "CI_User", Key: "/etc/libvirt-driver/id_ed25519", Shell: ShellSh, Address: AddressLease,
+		DiskRate: 100e6, DiskIOPS: 500, NetworkRate: 10 << 20,
 		BuildsDir: "/srv/builds", CacheDir: "/srv/cache",
 	}
 	want := &Settings{

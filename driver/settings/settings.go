@@ -121,6 +121,14 @@ type Image struct {
 	// Isolated keeps the guest from reaching other isolated guests of its
 	// network.
 	Isolated bool
+	// Filter names the libvirt network filter that the guest's packets pass; ""
+	// means none.
+	Filter string
+	// DiskRate and NetworkRate, which is each way's, are in bytes per second, 64
+	// KiB to 16 TiB, and DiskIOPS in operations per second, 10 to 10,000,000; 0
+	// means no limit.
+	DiskRate, NetworkRate uint64
+	DiskIOPS              uint
 	// BuildsDir and CacheDir are absolute paths in the guest. With Shell pwsh or
 	// powershell they may start with a drive, as in "C:\builds".
 	BuildsDir, CacheDir string
@@ -227,7 +235,7 @@ func baseImage() Image {
 		User:    "gitlab-runner",
 		Key:     "/root/.ssh/id_rsa",
 		Shell:   ShellBash,
-		Address: AddressAuto, Isolated: true,
+		Address: AddressAuto, Isolated: true, Filter: "clean-traffic",
 	}
 }
 
