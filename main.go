@@ -6,8 +6,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"strings"
 	"syscall"
 
@@ -75,6 +77,7 @@ func app() *cli.App {
 			command("cleanup", "remove the job's machine and all that belongs to it (cleanup_exec)", "", cleanupHelp,
 				func(ctx context.Context, s *driver.Stage, _ []string) error { return s.Cleanup(ctx) }),
 			keepCommand(),
+			finishCommand(),
 			listCommand(),
 			gcCommand(),
 			{
@@ -164,6 +167,15 @@ func perform(c *cli.Context, environment *gitlab.Environment, log *gitlab.Log, d
 	if configured.KeepConnection {
 		stage.StartKeeper = driver.StartKeeper
 	}
+	if configured.EarlyCleanup {
+		config := c.String("config")
+		if config != "" {
+			if config, err = filepath.Abs(config); err != nil {
+				return err
+			}
+		}
+		stage.StartFinisher = driver.StartFinisher(config)
+	}
 	return do(c.Context, stage, c.Args().Slice())
 }
 
@@ -178,6 +190,30 @@ func keepCommand() *cli.Command {
 				return errors.New("keep is for the driver itself to call")
 			}
 			return driver.Keep(c.Context, c.Args().Get(0), c.Args().Get(1), os.Stdin, os.Stdout)
+		},
+	}
+}
+
+// finishCommand is for the cleanup stage alone to call.
+func finishCommand() *cli.Command {
+	return &cli.Command{
+		Name:      "finish",
+		Hidden:    true,
+		UsageText: "libvirt-driver finish MACHINE",
+		Action: func(c *cli.Context) error {
+			if c.NArg() != 1 {
+				return errors.New("finish is for the driver itself to call")
+			}
+			configured, err := settings.Load(c.String("config"))
+			if err != nil {
+				return err
+			}
+			host, err := newHost(configured, gitlab.NewLog(io.Discard, true))
+			if err != nil {
+				return err
+			}
+			defer host.Hypervisor.Close()
+			return host.Finish(c.Context, c.Args().First())
 		},
 	}
 }

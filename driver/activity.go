@@ -31,6 +31,10 @@ func (h *Host) atWork(machine string) (done func(), err error) {
 		f.Close()
 		return nil, fmt.Errorf("show that a stage is at work: %w", err)
 	}
+	if err := f.Truncate(0); err != nil { // of an earlier attempt's cleanup
+		f.Close()
+		return nil, fmt.Errorf("show that a stage is at work: %w", err)
+	}
 	return func() {
 		now := time.Now()
 		os.Chtimes(f.Name(), now, now)

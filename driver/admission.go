@@ -28,7 +28,7 @@ func (s *Stage) admit(ctx context.Context, m machine) (release func(), err error
 	begun := time.Now()
 	var full error
 	for {
-		release, err := s.lock(ctx, turn)
+		lock, err := s.lock(ctx, turn)
 		if err != nil {
 			return nil, errors.Join(err, full)
 		}
@@ -36,11 +36,11 @@ func (s *Stage) admit(ctx context.Context, m machine) (release func(), err error
 		switch {
 		case err == nil && short == nil && full != nil:
 			s.Log.Step("turn", time.Since(begun), "the host has room now")
-			return release, nil
+			return lock.release, nil
 		case err == nil && short == nil:
-			return release, nil
+			return lock.release, nil
 		}
-		release()
+		lock.release()
 		if err != nil {
 			return nil, err
 		}

@@ -16,7 +16,9 @@ import (
 )
 
 // Cleanup removes the job's machine and everything that prepare made for it,
-// whatever is there of it. Nothing being there is success.
+// whatever is there of it. Nothing being there is success. It does not wait for
+// what takes its time when nobody can use the machine any more: a process of its
+// own finishes that.
 func (s *Stage) Cleanup(ctx context.Context) error {
 	job, err := s.identify()
 	if err != nil {
@@ -25,14 +27,22 @@ func (s *Stage) Cleanup(ctx context.Context) error {
 	limit := s.Settings.Timeouts.Destroy
 	waiting, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("not free after %v (timeouts.destroy)", limit))
 	defer cancel()
-	unlock, err := s.lock(waiting, job.Machine())
+	lock, err := s.lock(waiting, job.Machine())
 	if err != nil {
 		return err
 	}
-	defer unlock()
-	_, err = s.removeWithin(ctx, job.Machine(), job)
+	if s.halt(ctx, job.Machine(), job) && s.StartFinisher(job.Machine(), lock.file) == nil {
+		return nil // the lock is the finisher's now
+	}
+	defer lock.release()
+	return s.finish(ctx, job.Machine(), job)
+}
+
+// finish removes a machine and the record of its stages.
+func (h *Host) finish(ctx context.Context, name string, job gitlab.Job) error {
+	_, err := h.removeWithin(ctx, name, job)
 	if err == nil || errors.Is(err, errForeign) {
-		return errors.Join(err, s.forget(job.Machine()))
+		return errors.Join(err, h.forget(name))
 	}
 	return err
 }
@@ -106,8 +116,8 @@ func (h *Host) remove(ctx context.Context, name string, job gitlab.Job) (found b
 	}
 	pools, networks, own := h.Settings.Pools(), h.Settings.Networks(), ""
 	if found {
-		metadata, err := domainxml.ParseMetadata(text)
-		if text == "" || err != nil || metadata.Job != job.ID || metadata.Project != job.Project {
+		metadata, _ := domainxml.ParseMetadata(text)
+		if !owned(text, job) {
 			left.add(fmt.Errorf("domain %s %w: remove it with virsh undefine --nvram %s", name, errForeign, name), "domain %s", name)
 			return found, left
 		}

@@ -264,7 +264,7 @@ func FuzzPrintable(f *testing.F) {
 
 func TestStagesOfOneMachineWaitForEachOther(t *testing.T) {
 	s := newStage(t, nil)
-	unlock, err := s.tryLock(machineName)
+	lock, err := s.tryLock(machineName)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -276,17 +276,17 @@ func TestStagesOfOneMachineWaitForEachOther(t *testing.T) {
 	}
 	done := make(chan error)
 	go func() { done <- s.Cleanup(context.Background()) }()
-	unlock()
+	lock.release()
 	if err := <-done; err != nil {
 		t.Errorf("cleanup after the lock is free: %v", err)
 	}
 	told := errors.New("told to stop")
 	ctx, cancel := context.WithCancelCause(context.Background())
 	cancel(told)
-	if unlock, err = s.tryLock(machineName); err != nil {
+	if lock, err = s.tryLock(machineName); err != nil {
 		t.Fatal(err)
 	}
-	defer unlock()
+	defer lock.release()
 	if err := s.Cleanup(ctx); !errors.Is(err, told) {
 		t.Errorf("cleanup told to stop while it waits: %v", err)
 	}

@@ -131,6 +131,10 @@ func (h *host) DefineDomain(_ context.Context, name, xml string) error {
 }
 
 func (h *host) StartDomain(_ context.Context, name string) error { return h.note("StartDomain", name) }
+func (h *host) SuspendDomain(_ context.Context, name string) error {
+	return h.note("SuspendDomain", name)
+}
+
 func (h *host) DestroyDomain(_ context.Context, name string) error {
 	return h.note("DestroyDomain", name)
 }

@@ -50,14 +50,14 @@ func (h *Host) Collect(ctx context.Context, maxAge time.Duration, dryRun bool) (
 
 func (h *Host) collect(ctx context.Context, machine Machine, maxAge time.Duration, dryRun bool) (Collection, error) {
 	c := Collection{Machine: machine}
-	unlock, err := h.tryLock(machine.Name)
+	lock, err := h.tryLock(machine.Name)
 	if errors.Is(err, errLocked) {
 		return c, nil
 	}
 	if err != nil {
 		return c, err
 	}
-	defer unlock()
+	defer lock.release()
 	// What was listed before the lock was taken may be another attempt's by now.
 	machine, found, err := h.find(ctx, machine.Name)
 	if err != nil || !found {
@@ -96,6 +96,8 @@ func (h *Host) over(machine Machine, maxAge time.Duration) (string, error) {
 	switch {
 	case age > maxAge:
 		return fmt.Sprintf("older than %v", maxAge), nil
+	case h.isOver(machine.Name):
+		return "its cleanup was not finished", nil
 	case !idle || time.Since(since) < quiet:
 		return "", nil
 	case machine.State == noDomain:

@@ -101,11 +101,11 @@ func TestCollectRemovesOnlyWhatIsOver(t *testing.T) {
 	s.host.modified = time.Now().Add(-time.Hour)
 	s.host.volumes["default/"+prefix+"9.qcow2"] = 1
 	s.host.volumes["default/base.qcow2"] = 1
-	unlock, err := s.tryLock(prefix + "10")
+	lock, err := s.tryLock(prefix + "10")
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer unlock()
+	defer lock.release()
 	s.host.volumes["default/"+prefix+"10.qcow2"] = 1
 
 	planned := s.collected(t, true)

@@ -42,13 +42,7 @@ func StartKeeper(dir, machine string) (*Keeper, error) {
 			f.Close()
 		}
 	}()
-	closeOnExec()
-	// os.StartProcess would first start a process to see what the kernel can do.
-	pid, err := syscall.ForkExec("/proc/self/exe", []string{"libvirt-driver", "keep", dir, machine}, &syscall.ProcAttr{
-		Dir:   "/",
-		Files: []uintptr{theirs[0].Fd(), theirs[1].Fd(), theirs[2].Fd()},
-		Sys:   &syscall.SysProcAttr{Setsid: true},
-	})
+	pid, err := spawn([]string{"keep", dir, machine}, nil, theirs...)
 	if err != nil {
 		calls.Close()
 		answers.Close()
@@ -77,20 +71,6 @@ func pipes() (calls, answers *os.File, theirs []*os.File, err error) {
 		return nil, nil, nil, err
 	}
 	return calls, answers, []*os.File{in, out, null}, nil
-}
-
-// closeOnExec keeps the files that this process has from whoever started it
-// from being handed on. Go's own are not.
-func closeOnExec() {
-	files, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		return
-	}
-	for _, file := range files {
-		if fd, err := strconv.Atoi(file.Name()); err == nil && fd > 2 {
-			syscall.CloseOnExec(fd)
-		}
-	}
 }
 
 // startKeeper starts the keeper of the job's machine where the settings want

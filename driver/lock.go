@@ -12,11 +12,11 @@ import (
 // lock keeps everyone else from making or removing a machine: other stages of
 // the same job, which GitLab Runner may start while an earlier one still ends,
 // and gc. It is the kernel's, so a process that dies holds none.
-func (h *Host) lock(ctx context.Context, machine string) (unlock func(), err error) {
+func (h *Host) lock(ctx context.Context, machine string) (*held, error) {
 	for try := 0; ; try++ {
-		unlock, err := h.tryLock(machine)
+		lock, err := h.tryLock(machine)
 		if !errors.Is(err, errLocked) {
-			return unlock, err
+			return lock, err
 		}
 		pause(ctx, backoff(try))
 		if ctx.Err() != nil {
@@ -25,15 +25,24 @@ func (h *Host) lock(ctx context.Context, machine string) (unlock func(), err err
 	}
 }
 
+// held is a lock that this process holds, or has given to another.
+type held struct{ file *os.File }
+
+// release ends the lock.
+func (l *held) release() {
+	os.Remove(l.file.Name())
+	l.file.Close()
+}
+
 // errLocked says that someone else works on the machine.
 var errLocked = errors.New("another process works on it")
 
 // tryLock locks a machine at once or returns errLocked.
-func (h *Host) tryLock(machine string) (unlock func(), err error) {
+func (h *Host) tryLock(machine string) (*held, error) {
 	if err := os.MkdirAll(h.LockDir, 0o700); err != nil {
 		return nil, fmt.Errorf("make a folder for locks: %w", err)
 	}
-	path := filepath.Join(h.LockDir, machine+".lock")
+	path := h.lockPath(machine)
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|syscall.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("lock the machine: %w", err)
@@ -46,17 +55,16 @@ func (h *Host) tryLock(machine string) (unlock func(), err error) {
 		return nil, fmt.Errorf("lock %s: %w", path, err)
 	}
 	// Whoever held the lock has removed the file that was opened here.
-	held, err := f.Stat()
+	opened, err := f.Stat()
 	there, errThere := os.Lstat(path)
-	if err != nil || errThere != nil || !os.SameFile(held, there) {
+	if err != nil || errThere != nil || !os.SameFile(opened, there) {
 		f.Close()
 		return nil, errLocked
 	}
-	return func() {
-		os.Remove(path)
-		f.Close()
-	}, nil
+	return &held{f}, nil
 }
+
+func (h *Host) lockPath(machine string) string { return filepath.Join(h.LockDir, machine+".lock") }
 
 // LockDir returns the folder for the locks of machines, which need not outlive
 // the host's uptime: /run/libvirt-driver, or one of the user's own for a driver

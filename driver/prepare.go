@@ -73,11 +73,11 @@ func (s *Stage) introduce(m machine) {
 
 // create makes the machine's disk and starts the machine.
 func (s *Stage) create(ctx context.Context, m machine) error {
-	unlock, err := s.lock(ctx, m.name)
+	lock, err := s.lock(ctx, m.name)
 	if err != nil {
 		return err
 	}
-	defer unlock()
+	defer lock.release()
 	if err := s.removeLeftovers(ctx, m); err != nil {
 		return err
 	}

@@ -9,6 +9,7 @@ import (
 	"context"
 	"io"
 	"net/netip"
+	"os"
 
 	"libvirt-driver/driver/gitlab"
 	"libvirt-driver/driver/hypervisor"
@@ -36,6 +37,9 @@ type Stage struct {
 	// StartKeeper starts the process that keeps the connection to a machine; see
 	// [StartKeeper]. Without it every sub-stage makes a connection of its own.
 	StartKeeper func(dir, machine string) (*Keeper, error)
+	// StartFinisher starts the process that removes a machine after its cleanup;
+	// see [StartFinisher]. Without it cleanup does that itself.
+	StartFinisher func(machine string, lock *os.File) error
 	// Stdout and Stderr take what the job's script writes.
 	Stdout, Stderr io.Writer
 	// Version is the driver's own.
@@ -58,6 +62,7 @@ type Hypervisor interface {
 	Domains(ctx context.Context, namespace string) ([]hypervisor.Domain, error)
 	DefineDomain(ctx context.Context, name, xml string) error
 	StartDomain(ctx context.Context, name string) error
+	SuspendDomain(ctx context.Context, name string) error
 	DestroyDomain(ctx context.Context, name string) error
 	UndefineDomain(ctx context.Context, name string) error
 	Metadata(ctx context.Context, name, namespace string) (text string, found bool, err error)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -14,8 +15,14 @@ import (
 	"libvirt-driver/integration/runner"
 )
 
-// keeper returns the process ID of a machine's keeper, 0 when there is none. It asks /proc, not the driver.
+// keeper returns the process ID of a machine's keeper, 0 when there is none.
 func keeper(t *testing.T, machine string) int {
+	return own(t, "keep", machine)
+}
+
+// own returns the process ID of one of the driver's own processes for a machine, 0 when there is none. It asks /proc,
+// not the driver.
+func own(t *testing.T, command, machine string) int {
 	t.Helper()
 	processes, err := filepath.Glob("/proc/[0-9]*/cmdline")
 	if err != nil {
@@ -23,7 +30,8 @@ func keeper(t *testing.T, machine string) int {
 	}
 	for _, process := range processes {
 		text, _ := os.ReadFile(process)
-		if strings.HasPrefix(string(text), "libvirt-driver\x00keep\x00") && strings.Contains(string(text), machine) {
+		args := strings.Split(string(text), "\x00")
+		if args[0] == "libvirt-driver" && slices.Contains(args, command) && slices.Contains(args, machine) {
 			var pid int
 			fmt.Sscanf(process, "/proc/%d/", &pid)
 			return pid
@@ -80,6 +88,9 @@ func TestAJobGoesOnWithoutItsKeeper(t *testing.T) {
 	ex := prepared(t, newSettings(t, tiny("")).runner(t), job)
 	machine := machineOf(job)
 	pid := keeper(t, machine)
+	if pid == 0 {
+		t.Fatal("no process keeps the connection")
+	}
 	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}

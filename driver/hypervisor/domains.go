@@ -73,6 +73,20 @@ func (c *Connection) StartDomain(ctx context.Context, name string) error {
 	}), "start domain %s", name)
 }
 
+// SuspendDomain lets a domain's processors stand still. A domain that does not
+// run, or is not there, is left as it is.
+//
+// https://libvirt.org/html/libvirt-libvirt-domain.html#virDomainSuspend
+func (c *Connection) SuspendDomain(ctx context.Context, name string) error {
+	err := c.domain(ctx, name, func(rpc *libvirt.Libvirt, domain libvirt.Domain) error {
+		return rpc.DomainSuspend(domain)
+	})
+	if is(err, libvirt.ErrNoDomain) || is(err, libvirt.ErrOperationInvalid) {
+		return nil
+	}
+	return wrap(err, "suspend domain %s", name)
+}
+
 // DestroyDomain ends a domain at once, as pulling the plug does. A domain that
 // does not run, or is not there, is left as it is.
 //

@@ -33,6 +33,7 @@ var topKeys = keys[Settings]{
 	"reserve_memory":  put(func(s *Settings) *uint64 { return &s.ReserveMemory }, size(0)),
 	"reserve_disk":    put(func(s *Settings) *uint64 { return &s.ReserveDisk }, size(0)),
 	"keep_connection": put(func(s *Settings) *bool { return &s.KeepConnection }, flag),
+	"early_cleanup":   put(func(s *Settings) *bool { return &s.EarlyCleanup }, flag),
 	"default_image":   put(func(s *Settings) *string { return &s.DefaultImage }, text(wantImage, anything)),
 }
 

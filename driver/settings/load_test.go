@@ -37,7 +37,7 @@ func defaultImage(name, volume string) Image {
 func TestDefault(t *testing.T) {
 	want := &Settings{
 		URI: "qemu:///system", VirtType: VirtAuto, LogDir: "/var/log/libvirt/qemu",
-		ReserveMemory: 512 << 20, ReserveDisk: 1 << 30, KeepConnection: true,
+		ReserveMemory: 512 << 20, ReserveDisk: 1 << 30, KeepConnection: true, EarlyCleanup: true,
 		Timeouts: Timeouts{Address: 300 * time.Second, SSH: 300 * time.Second, Destroy: 300 * time.Second, Turn: 30 * time.Minute},
 		Images:   map[string]Image{"default": defaultImage("default", "gitlab-runner-base.qcow2")},
 		BuiltIn:  true,
@@ -62,6 +62,7 @@ uri = "test:///default"
 socket = "/run/libvirt/libvirt-sock"
 virt_type = "qemu"
 keep_connection = false
+early_cleanup = false
 log_dir = "/var/log/guests"
 default_image = "debian:12"
 reserve_memory = "4 GiB"
@@ -246,7 +247,7 @@ func TestLoadErrors(t *testing.T) {
 
 		// Keys
 		{"unknown key", "colour = 1\n", `
-1: colour: is not a known key; remove it, the keys here are default_image, keep_connection, log_dir, reserve_disk, reserve_memory, socket, uri, virt_type, timeouts, defaults, images, aliases`},
+1: colour: is not a known key; remove it, the keys here are default_image, early_cleanup, keep_connection, log_dir, reserve_disk, reserve_memory, socket, uri, virt_type, timeouts, defaults, images, aliases`},
 		{"misspelt keys", "URI = \"\"\nvirttype = \"\"\n[timeouts]\nadress = \"1s\"\n[default]\n[defaults]\nmax_memroy = 1\nvcpu = 1\n[alias]\nx = 1\n[image.a]\n", `
 1: URI: is not a known key; did you mean uri?
 2: virttype: is not a known key; did you mean virt_type?
@@ -265,9 +266,9 @@ func TestLoadErrors(t *testing.T) {
 		{"name with dots", "[images.debian-12.5]\nvolume = \"x\"\n", `
 1: images.debian-12.5: is not a known key; put quotes around a name with dots, as in [images."debian-12.5"]`},
 		{"strange keys", "\"\" = 1\n\"a\\nb\" = 1\n" + long + " = 1\n[timeouts]\n'a b'.c = 1\n", `
-1: "": is not a known key; remove it, the keys here are default_image, keep_connection, log_dir, reserve_disk, reserve_memory, socket, uri, virt_type, timeouts, defaults, images, aliases
-2: "a\nb": is not a known key; remove it, the keys here are default_image, keep_connection, log_dir, reserve_disk, reserve_memory, socket, uri, virt_type, timeouts, defaults, images, aliases
-3: "xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"...: is not a known key; remove it, the keys here are default_image, keep_connection, log_dir, reserve_disk, reserve_memory, socket, uri, virt_type, timeouts, defaults, images, aliases
+1: "": is not a known key; remove it, the keys here are default_image, early_cleanup, keep_connection, log_dir, reserve_disk, reserve_memory, socket, uri, virt_type, timeouts, defaults, images, aliases
+2: "a\nb": is not a known key; remove it, the keys here are default_image, early_cleanup, keep_connection, log_dir, reserve_disk, reserve_memory, socket, uri, virt_type, timeouts, defaults, images, aliases
+3: "xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"...: is not a known key; remove it, the keys here are default_image, early_cleanup, keep_connection, log_dir, reserve_disk, reserve_memory, socket, uri, virt_type, timeouts, defaults, images, aliases
 5: timeouts."a b": is not a known key; remove it, the keys here are address, destroy, ssh, turn`},
 
 		// Types

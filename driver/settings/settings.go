@@ -39,6 +39,9 @@ type Settings struct {
 	// KeepConnection keeps the SSH connection of prepare open for the job's
 	// sub-stages.
 	KeepConnection bool
+	// EarlyCleanup lets cleanup return when the machine can neither run nor be
+	// reached any more, before it is removed.
+	EarlyCleanup bool
 	// DefaultImage names the image of jobs that name none; it is a key of
 	// Images, or "" when such jobs are refused.
 	DefaultImage string
@@ -217,6 +220,7 @@ func base() *Settings {
 		VirtType:       VirtAuto,
 		LogDir:         "/var/log/libvirt/qemu",
 		KeepConnection: true,
+		EarlyCleanup:   true,
 		ReserveMemory:  512 * mib,
 		ReserveDisk:    1024 * mib,
 		Timeouts:       Timeouts{Address: wait, SSH: wait, Destroy: wait, Turn: 30 * time.Minute},

@@ -1,0 +1,102 @@
+package driver
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"syscall"
+
+	"libvirt-driver/domainxml"
+	"libvirt-driver/driver/gitlab"
+	"libvirt-driver/driver/hypervisor"
+)
+
+// Ending QEMU and taking its network filter down takes libvirt most of a second,
+// and nobody needs to wait for it: once its processors stand still, a guest can
+// neither run nor be reached. cleanup sees to that and returns; a finisher, a
+// process of the driver's own that inherits cleanup's lock on the machine,
+// removes it. The host's capacity counts the machine until then, and where the
+// finisher is killed gc finishes.
+
+// StartFinisher returns how to start a finisher, for a driver whose settings are
+// in the file config, or nowhere when that is empty.
+func StartFinisher(config string) func(machine string, lock *os.File) error {
+	return func(machine string, lock *os.File) error {
+		null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+		if err != nil {
+			return err
+		}
+		defer null.Close()
+		var env []string // where the user's own locks and sockets are
+		for _, name := range []string{"HOME", "XDG_CACHE_HOME", "XDG_RUNTIME_DIR"} {
+			if value, ok := os.LookupEnv(name); ok {
+				env = append(env, name+"="+value)
+			}
+		}
+		_, err = spawn([]string{"--config", config, "finish", machine}, env, null, null, null, lock)
+		return err
+	}
+}
+
+// Finish is a finisher's whole life. The lock on the machine is its file 3.
+func (h *Host) Finish(ctx context.Context, machine string) error {
+	const inherited = 3
+	job, ok := parseMachine(machine)
+	if !ok {
+		return fmt.Errorf("%q is not a machine's name", machine)
+	}
+	lock := &held{os.NewFile(inherited, h.lockPath(machine))}
+	if lock.file == nil || syscall.Flock(inherited, syscall.LOCK_EX|syscall.LOCK_NB) != nil {
+		return fmt.Errorf("finish the removal of %s: no lock was handed on", machine)
+	}
+	defer lock.release()
+	return h.finish(ctx, machine, job)
+}
+
+// halt makes sure that a job's machine can neither run nor be reached any more,
+// and reports whether its removal can be left to a finisher. It cannot where
+// there is nothing to gain, or something to say to the job's owner.
+func (s *Stage) halt(ctx context.Context, name string, job gitlab.Job) bool {
+	if s.StartFinisher == nil {
+		return false
+	}
+	limit := s.Settings.Timeouts.Destroy
+	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("not done after %v (timeouts.destroy)", limit))
+	defer cancel()
+	text, found, err := s.Hypervisor.Metadata(ctx, name, domainxml.Namespace)
+	if err != nil || !found || !owned(text, job) {
+		return false
+	}
+	metadata, _ := domainxml.ParseMetadata(text)
+	if _, err := s.Hypervisor.PoolSpace(ctx, metadata.Pool); err != nil {
+		return false
+	}
+	if s.endKeeper(ctx, name) != nil || s.markOver(name) != nil {
+		return false
+	}
+	err = s.Hypervisor.SuspendDomain(ctx, name)
+	state, unknown := s.Hypervisor.State(ctx, name)
+	return err == nil && unknown == nil && state.Kind == hypervisor.Paused
+}
+
+// owned reports whether metadata is of a machine that the driver made for the
+// job.
+func owned(text string, job gitlab.Job) bool {
+	metadata, err := domainxml.ParseMetadata(text)
+	return text != "" && err == nil && metadata.Job == job.ID && metadata.Project == job.Project
+}
+
+// over is what the record of a machine's stages holds when its cleanup has
+// begun: what is left of it then is nobody's.
+const over = "over"
+
+// markOver notes that a machine's cleanup has begun.
+func (h *Host) markOver(machine string) error {
+	return os.WriteFile(h.activity(machine), []byte(over), 0o600)
+}
+
+// isOver reports whether a machine's cleanup has begun.
+func (h *Host) isOver(machine string) bool {
+	text, err := os.ReadFile(h.activity(machine))
+	return err == nil && string(text) == over
+}
