@@ -43,6 +43,9 @@ type Machine struct {
 	// ConsoleLog is the host's file that receives what the guest writes to
 	// its serial console.
 	ConsoleLog string
+	// Provision is the host's file that the guest's systemd executes as it boots,
+	// in the format of tmpfiles.d. QEMU reads it when it starts. Optional.
+	Provision string
 	// Metadata says whose machine it is.
 	Metadata Metadata
 }
@@ -100,6 +103,7 @@ func (m Machine) XML() (string, error) {
 		OnPoweroff: "destroy",
 		OnReboot:   "restart",
 		OnCrash:    "destroy",
+		SysInfo:    m.sysInfo(),
 		Devices:    m.devices(),
 	}
 	text, err := domain.Marshal()
@@ -130,6 +134,23 @@ func (m Machine) os() *libvirtxml.DomainOS {
 		os.BootDevices = []libvirtxml.DomainBootDevice{{Dev: "hd"}}
 	}
 	return os
+}
+
+// provision is the entry of QEMU's firmware configuration device that systemd
+// takes for the credential tmpfiles.extra. See
+// https://systemd.io/CREDENTIALS/ and
+// https://libvirt.org/formatdomain.html#smbios-system-information.
+const provision = "opt/io.systemd.credentials/tmpfiles.extra"
+
+// sysInfo names the file alone. What stands in a domain's XML or on QEMU's
+// command line, every user of the host can read.
+func (m Machine) sysInfo() []libvirtxml.DomainSysInfo {
+	if m.Provision == "" {
+		return nil
+	}
+	return []libvirtxml.DomainSysInfo{{FWCfg: &libvirtxml.DomainSysInfoFWCfg{
+		Entry: []libvirtxml.DomainSysInfoEntry{{Name: provision, File: m.Provision}},
+	}}}
 }
 
 func (m Machine) features() *libvirtxml.DomainFeatureList {

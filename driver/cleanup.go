@@ -133,14 +133,16 @@ func (h *Host) remove(ctx context.Context, name string, job gitlab.Job) (found b
 	released := h.releaseLeases(ctx, networks, macAddress(name))
 	defer released()
 	for _, pool := range pools {
-		some, err := h.Hypervisor.DeleteVolume(ctx, pool, volumeName(name))
-		found = found || some
-		if errors.Is(err, hypervisor.ErrInactive) && pool != own {
-			// Nothing says that it has anything of this machine's, and it must not
-			// hold up the jobs of other pools.
-			continue
+		for _, volume := range []string{volumeName(name), identityVolume(name)} {
+			some, err := h.Hypervisor.DeleteVolume(ctx, pool, volume)
+			found = found || some
+			if errors.Is(err, hypervisor.ErrInactive) && pool != own {
+				// Nothing says that it has anything of this machine's, and it must not
+				// hold up the jobs of other pools.
+				continue
+			}
+			left.add(withRemedy(err, pool, volume), "volume %s in pool %s", volume, pool)
 		}
-		left.add(withRemedy(err, pool, volumeName(name)), "volume %s in pool %s", volumeName(name), pool)
 	}
 	if len(left.things) == 0 {
 		left.add(h.Hypervisor.UndefineDomain(ctx, name), "domain %s", name)

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 
 	"libvirt-driver/domainxml"
+	"libvirt-driver/driver/settings"
 )
 
 // contact is how to get into a job's guest: what prepare found out and every
@@ -22,6 +23,9 @@ type contact struct {
 	// Relay is the host key of the machine's keeper, in the same format; empty
 	// when the connection is not kept.
 	Relay string `json:"relay,omitempty"`
+	// Key is the private key that was made to log in to this guest, empty when
+	// the settings name the key.
+	Key string `json:"key,omitempty"`
 }
 
 // contactFile is kept in the job's temporary folder on the host, which GitLab
@@ -34,7 +38,8 @@ func (s *Stage) contactPath() string {
 }
 
 // handOver leaves the contact for the sub-stages: in the job's temporary folder
-// and, for people and other calls, in the domain's metadata.
+// and, for people and other calls, in the domain's metadata. Those everyone on
+// the host can read, so the private key is not there.
 func (s *Stage) handOver(ctx context.Context, m machine, c contact) error {
 	metadata, err := m.metadata()
 	if err != nil {
@@ -76,6 +81,10 @@ func (s *Stage) contact(ctx context.Context, m machine) (contact, error) {
 	text, found, err := s.Hypervisor.Metadata(ctx, m.name, domainxml.Namespace)
 	if err != nil {
 		return contact{}, err
+	}
+	if m.image.HostKey != settings.HostKeyPinned {
+		return contact{}, fmt.Errorf("%s is gone, and with it the key to the job's machine %s, which was made for this attempt at the job alone: start the job again",
+			s.contactPath(), m.name)
 	}
 	if !found {
 		return contact{}, fmt.Errorf("the job's machine %s does not exist: was it prepared?", m.name)

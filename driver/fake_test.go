@@ -31,7 +31,8 @@ type host struct {
 	state    hypervisor.State
 	stopped  chan struct{} // closed when state is no longer Running
 	failures map[string]error
-	modified time.Time // of every volume
+	modified time.Time         // of every volume
+	files    map[string]string // in the guest
 	memory   hypervisor.Memory
 	space    uint64
 }
@@ -184,6 +185,23 @@ func (h *host) ReleaseLeases(_ context.Context, network, mac string) error {
 
 func (h *host) Addresses(context.Context, string, string, hypervisor.AddressSource) ([]netip.Addr, error) {
 	return nil, h.note("Addresses")
+}
+
+func (h *host) CreateSecret(_ context.Context, pool, name string, content []byte) (hypervisor.Volume, error) {
+	h.volumes[pool+"/"+name] = uint64(len(content))
+	return hypervisor.Volume{Pool: pool, Name: name, Path: "/" + pool + "/" + name}, h.note("CreateSecret", pool, name, string(content))
+}
+
+func (h *host) WipeVolume(_ context.Context, pool, name string) error {
+	return h.note("WipeVolume", pool, name)
+}
+
+func (h *host) ReadGuestFile(_ context.Context, _, path string) ([]byte, error) {
+	return []byte(h.files[path]), h.note("ReadGuestFile", path)
+}
+
+func (h *host) AuthorizeKey(_ context.Context, _, user, key string) error {
+	return h.note("AuthorizeKey", user, key)
 }
 
 // shell is a guest that lets everyone in and whose scripts end as told.

@@ -29,8 +29,9 @@ type Machine struct {
 	// State is the domain's state in virsh's words, or "no domain".
 	State   string `json:"state"`
 	Address string `json:"address,omitempty"`
-	// Pool and Volume name the overlay; Disk is what it takes of the host's
-	// disk in bytes. Volume is empty when there is none.
+	// Pool and Volume name the overlay, or the volume with the guest's keys when
+	// that is all there is; Disk is what both take of the host's disk in bytes.
+	// Volume is empty when there is none.
 	Pool   string `json:"pool,omitempty"`
 	Volume string `json:"volume,omitempty"`
 	Disk   uint64 `json:"disk"`
@@ -106,8 +107,14 @@ func (h *Host) list(ctx context.Context, inactive func(pool string)) ([]Machine,
 		}
 		for _, volume := range volumes {
 			name, isOverlay := strings.CutSuffix(volume.Name, volumeSuffix)
+			if !isOverlay {
+				var isIdentity bool
+				if name, isIdentity = strings.CutSuffix(volume.Name, identitySuffix); !isIdentity {
+					continue
+				}
+			}
 			job, ok := parseMachine(name)
-			if !isOverlay || !ok {
+			if !ok {
 				continue
 			}
 			machine := machines[name]
@@ -115,7 +122,10 @@ func (h *Host) list(ctx context.Context, inactive func(pool string)) ([]Machine,
 				machine = &Machine{Name: name, Job: job.ID, Project: job.Project, State: noDomain, Created: volume.Modified}
 				machines[name] = machine
 			}
-			machine.Pool, machine.Volume, machine.Disk = pool, volume.Name, volume.Allocation
+			machine.Disk += volume.Allocation
+			if isOverlay || machine.Volume == "" {
+				machine.Pool, machine.Volume = pool, volume.Name
+			}
 		}
 	}
 	var list []Machine

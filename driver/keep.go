@@ -26,6 +26,7 @@ type knock struct {
 	Address string        `json:"address,omitempty"`
 	User    string        `json:"user,omitempty"`
 	Key     string        `json:"key,omitempty"` // the file's path
+	Own     string        `json:"own,omitempty"` // the key itself, in place of the file
 	HostKey string        `json:"host_key,omitempty"`
 	Limit   time.Duration `json:"limit,omitempty"`
 	Keep    bool          `json:"keep,omitempty"`
@@ -132,11 +133,11 @@ func listen(ctx context.Context, end func(), calls io.Reader) (knocks <-chan kno
 func (k knock) try(ctx context.Context, connect func(context.Context, sshexec.Target) (Shell, error)) (Shell, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, k.Limit, fmt.Errorf("no session after %v", k.Limit))
 	defer cancel()
-	key, err := sshexec.LoadKey(k.Key)
+	target, err := k.target()
 	if err != nil {
 		return nil, err
 	}
-	shell, err := connect(ctx, sshexec.Target{Address: k.Address, User: k.User, Key: key, HostKey: k.HostKey})
+	shell, err := connect(ctx, target)
 	if err != nil {
 		return nil, err
 	}
@@ -146,6 +147,22 @@ func (k knock) try(ctx context.Context, connect func(context.Context, sshexec.Ta
 		return nil, fmt.Errorf("%w: %w", sshexec.ErrUnreachable, err)
 	}
 	return shell, nil
+}
+
+// target returns what a connection takes.
+func (k knock) target() (sshexec.Target, error) {
+	target := sshexec.Target{Address: k.Address, User: k.User, HostKey: k.HostKey}
+	if k.Own == "" {
+		key, err := sshexec.LoadKey(k.Key)
+		target.Key = key
+		return target, err
+	}
+	own, err := sshexec.ParseKeyPair(k.Own)
+	if err != nil {
+		return target, fmt.Errorf("the key that was made for the job: %w", err)
+	}
+	target.Key = own.Signer()
+	return target, nil
 }
 
 func refusal(err error) answer {

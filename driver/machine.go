@@ -31,6 +31,8 @@ type machine struct {
 	mac    string
 	// made is when this attempt at it began.
 	made time.Time
+	// keys are made by prepare alone.
+	keys keys
 }
 
 // plan works out the job's machine.

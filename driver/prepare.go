@@ -30,6 +30,9 @@ func (s *Stage) Prepare(ctx context.Context) error {
 		return err
 	}
 	defer done()
+	if m.keys, err = newKeys(m.image.HostKey); err != nil {
+		return err
+	}
 	s.introduce(m)
 
 	if err := s.create(ctx, m); err != nil {
@@ -95,10 +98,17 @@ func (s *Stage) create(ctx context.Context, m machine) error {
 	}
 	s.Log.Step("disk", time.Since(begun), "%s, on %s", settings.FormatSize(disk.capacity), m.image.Volume)
 
-	begun = time.Now()
-	host, err := s.startMachine(ctx, m, disk)
+	identity, err := s.inject(ctx, m)
 	if err != nil {
-		return fmt.Errorf("start machine: %w", err)
+		return err
+	}
+	begun = time.Now()
+	host, err := s.startMachine(ctx, m, disk, identity)
+	if err != nil {
+		return fmt.Errorf("start machine: %w", errors.Join(err, s.blank(ctx, m)))
+	}
+	if err := s.blank(ctx, m); err != nil {
+		return err
 	}
 	s.Log.Step("machine", time.Since(begun), "started, %s %s", host.Arch, accelerated(host.VirtType))
 	return nil
@@ -166,8 +176,9 @@ func withRemedy(err error, pool, volume string) error {
 	return err
 }
 
-// startMachine defines the domain and starts it.
-func (s *Stage) startMachine(ctx context.Context, m machine, disk disk) (hypervisor.Capabilities, error) {
+// startMachine defines the domain and starts it. identity is the path of the
+// keys that the guest gets, if any.
+func (s *Stage) startMachine(ctx context.Context, m machine, disk disk, identity string) (hypervisor.Capabilities, error) {
 	host, err := s.Hypervisor.Capabilities(ctx, string(s.Settings.VirtType), m.image.Machine)
 	if err != nil {
 		return host, err
@@ -198,6 +209,7 @@ func (s *Stage) startMachine(ctx context.Context, m machine, disk disk) (hypervi
 			DiskRate: m.image.DiskRate, DiskIOPS: uint64(m.image.DiskIOPS), NetworkRate: m.image.NetworkRate,
 		},
 		ConsoleLog: s.consoleLog(m.name),
+		Provision:  identity,
 		Metadata:   metadata,
 	}.XML()
 	if err != nil {

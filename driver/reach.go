@@ -161,7 +161,8 @@ func (s *Stage) waitForShell(ctx context.Context, m machine, look locator, keepe
 	limit := s.Settings.Timeouts.SSH
 	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("none after %v (timeouts.ssh)", limit))
 	defer cancel()
-	if _, err := sshexec.LoadKey(m.image.Key); err != nil {
+	k, err := s.credentials(ctx, m)
+	if err != nil {
 		return contact{}, err
 	}
 	var last error
@@ -171,22 +172,24 @@ func (s *Stage) waitForShell(ctx context.Context, m machine, look locator, keepe
 		if err != nil {
 			return contact{}, err
 		}
-		reached, err := s.tryShell(ctx, keeper, knock{Address: socketAddress(address), User: m.image.User, Key: m.image.Key, Limit: attempt})
+		k.Address = socketAddress(address)
+		reached, err := s.tryShell(ctx, keeper, k)
 		switch {
 		case err == nil:
+			reached.Key = k.Own
 			return reached, nil
 		case ctx.Err() != nil && last == nil:
 			return contact{}, context.Cause(ctx)
 		case ctx.Err() != nil:
 			return contact{}, fmt.Errorf("%w: the last try: %w", context.Cause(ctx), last)
 		case errors.Is(err, errHopeless):
-			return contact{}, err
+			return contact{}, stranger(err, m.image)
 		case !errors.Is(err, sshexec.ErrKeyRejected):
 			rejected = time.Time{}
 		case rejected.IsZero():
 			rejected = time.Now()
 		case time.Since(rejected) >= rejections:
-			return contact{}, fmt.Errorf("image %s refuses %s for %v: %w", m.image.Name, m.image.Key, rejections, err)
+			return contact{}, fmt.Errorf("image %s refuses %s for %v: %w", m.image.Name, m.keyName(), rejections, err)
 		}
 		last = err
 		pause(ctx, backoff(try))

@@ -107,11 +107,12 @@ func (s *Stage) enter(ctx context.Context, m machine, contact contact) (Shell, e
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, reconnect, fmt.Errorf("no session after %v", reconnect))
 	defer cancel()
-	key, err := sshexec.LoadKey(m.image.Key)
+	target, err := knock{
+		Address: contact.Address, User: m.image.User, Key: m.image.Key, Own: contact.Key, HostKey: contact.HostKey,
+	}.target()
 	if err != nil {
 		return nil, err
 	}
-	target := sshexec.Target{Address: contact.Address, User: m.image.User, Key: key, HostKey: contact.HostKey}
 	for try := 0; ; try++ {
 		shell, err := s.Connect(ctx, target)
 		switch {

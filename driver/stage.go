@@ -58,6 +58,8 @@ type Hypervisor interface {
 	DeleteVolume(ctx context.Context, pool, name string) (found bool, err error)
 
 	Volumes(ctx context.Context, pool string) ([]hypervisor.Volume, error)
+	CreateSecret(ctx context.Context, pool, name string, content []byte) (hypervisor.Volume, error)
+	WipeVolume(ctx context.Context, pool, name string) error
 
 	Domains(ctx context.Context, namespace string) ([]hypervisor.Domain, error)
 	DefineDomain(ctx context.Context, name, xml string) error
@@ -74,6 +76,9 @@ type Hypervisor interface {
 	Leases(ctx context.Context, network, mac string) ([]hypervisor.Lease, error)
 	ReleaseLeases(ctx context.Context, network, mac string) error
 	Addresses(ctx context.Context, domain, mac string, source hypervisor.AddressSource) ([]netip.Addr, error)
+
+	ReadGuestFile(ctx context.Context, domain, path string) ([]byte, error)
+	AuthorizeKey(ctx context.Context, domain, user, key string) error
 
 	Close()
 }

@@ -2,11 +2,13 @@ package sshexec
 
 import (
 	"bytes"
+	"crypto/ed25519"
 	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
 	"os"
+	"strings"
 
 	"golang.org/x/crypto/ssh"
 )
@@ -45,6 +47,68 @@ func LoadKey(path string) (ssh.Signer, error) {
 		return nil, fmt.Errorf("read SSH key %s: this is a PuTTY key: convert it with puttygen -O private-openssh", path)
 	}
 	return nil, fmt.Errorf("read SSH key %s: not a private key: %w", path, err)
+}
+
+// A KeyPair is a key that was made here, for one job.
+type KeyPair struct {
+	signer ssh.Signer
+	// text is the private key in OpenSSH's PEM form.
+	text string
+}
+
+// NewKeyPair makes an Ed25519 key.
+func NewKeyPair() (*KeyPair, error) {
+	_, private, err := ed25519.GenerateKey(nil)
+	if err != nil {
+		return nil, fmt.Errorf("make an SSH key: %w", err)
+	}
+	block, err := ssh.MarshalPrivateKey(private, "")
+	if err != nil {
+		return nil, fmt.Errorf("make an SSH key: %w", err)
+	}
+	return ParseKeyPair(string(pem.EncodeToMemory(block)))
+}
+
+// ParseKeyPair reads what [KeyPair.Private] returned. Its error says nothing of
+// the text.
+func ParseKeyPair(text string) (*KeyPair, error) {
+	signer, err := ssh.ParsePrivateKey([]byte(text))
+	if err != nil {
+		return nil, errors.New("not a private SSH key")
+	}
+	return &KeyPair{signer, text}, nil
+}
+
+// Private returns the private key in OpenSSH's PEM form, without a passphrase.
+func (k *KeyPair) Private() string { return k.text }
+
+// Public returns the public key in the format of an authorized_keys or .pub
+// file, without a comment.
+func (k *KeyPair) Public() string { return authorizedKey(k.signer.PublicKey()) }
+
+// Signer returns the key for [Target.Key].
+func (k *KeyPair) Signer() ssh.Signer { return k.signer }
+
+// String returns the fingerprint that ssh-keygen -l shows. It keeps the private
+// half out of whatever prints the pair.
+func (k *KeyPair) String() string { return ssh.FingerprintSHA256(k.signer.PublicKey()) }
+
+// CheckHostKey reports whether text is one host key that [Target.HostKey] takes,
+// in the format of a .pub file, and returns it without its comment, and the
+// fingerprint that ssh-keygen -l shows.
+func CheckHostKey(text string) (key, print string, err error) {
+	if strings.TrimSpace(text) == "" {
+		return "", "", errors.New("no host key")
+	}
+	pin, err := newHostKeyPin(text)
+	if err != nil {
+		return "", "", err
+	}
+	return authorizedKey(pin.key), ssh.FingerprintSHA256(pin.key), nil
+}
+
+func authorizedKey(key ssh.PublicKey) string {
+	return strings.TrimSpace(string(ssh.MarshalAuthorizedKey(key)))
 }
 
 // encrypted reports whether text, whose parsing failed with err, is a private

@@ -55,7 +55,7 @@ var (
 type Target struct {
 	Address string     // host:port, or the absolute path of a [Relay]'s socket
 	User    string     // the account on the guest; a Relay has its own
-	Key     ssh.Signer // the only key that is offered, see [LoadKey]; a Relay takes none
+	Key     ssh.Signer // the only key that is offered, see [LoadKey] and [NewKeyPair]; a Relay takes none
 
 	// HostKey is the one host key that is accepted, in the format of an
 	// authorized_keys or .pub file. Empty means that no key is known yet: then
@@ -86,7 +86,7 @@ type Client struct {
 // empty, the one that was seen, in the format of an authorized_keys file
 // without a comment.
 func (c *Client) HostKey() string {
-	return strings.TrimSpace(string(ssh.MarshalAuthorizedKey(c.hostKey)))
+	return authorizedKey(c.hostKey)
 }
 
 // Ping runs an empty command and so shows that the guest gives real sessions:

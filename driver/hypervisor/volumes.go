@@ -142,16 +142,7 @@ func (c *Connection) CreateOverlay(ctx context.Context, name string, base Volume
 		if err != nil {
 			return err
 		}
-		vol, err := rpc.StorageVolCreateXML(p, text, 0)
-		if is(err, libvirt.ErrStorageVolExist) {
-			if vol, err = rpc.StorageVolLookupByName(p, name); err != nil {
-				return err
-			}
-			if err := rpc.StorageVolDelete(vol, 0); err != nil {
-				return err
-			}
-			vol, err = rpc.StorageVolCreateXML(p, text, 0)
-		}
+		vol, err := createAnew(rpc, p, name, text)
 		if err != nil {
 			return err
 		}

@@ -71,6 +71,7 @@ var imageKeys = keys[Image]{
 	"user": put(func(i *Image) *string { return &i.User },
 		text("write up to 32 letters, digits and the characters _.- with a letter or _ first", userName)),
 	"key":      put(func(i *Image) *string { return &i.Key }, text(wantPath, absPath)),
+	"host_key": put(func(i *Image) *HostKey { return &i.HostKey }, choice(HostKeyPinned, HostKeyAgent, HostKeyInjected)),
 	"shell":    put(func(i *Image) *Shell { return &i.Shell }, choice(ShellBash, ShellSh, ShellPwsh, ShellPowerShell)),
 	"address":  put(func(i *Image) *AddressSource { return &i.Address }, choice(AddressAuto, AddressLease, AddressAgent, AddressARP)),
 	"isolated": put(func(i *Image) *bool { return &i.Isolated }, flag),

@@ -115,8 +115,11 @@ type Image struct {
 	// User is who logs in over SSH.
 	User string
 	// Key is the absolute path on the host of User's private key, which has no
-	// passphrase.
+	// passphrase. Only HostKeyPinned uses it.
 	Key string
+	// HostKey is how the driver knows the guest's SSH host key, and the guest
+	// the driver's key.
+	HostKey HostKey
 	// Shell runs the job's scripts in the guest.
 	Shell Shell
 	// Address is where the guest's address is found.
@@ -194,6 +197,19 @@ const (
 	AddressARP   AddressSource = "arp"
 )
 
+// HostKey is how the driver knows a guest's SSH host key.
+type HostKey string
+
+// HostKeyPinned takes the key that the first connection shows, and no other
+// after it. HostKeyAgent asks the guest agent for it beforehand. HostKeyInjected
+// makes one for the job and gives it to the guest as it starts. With the latter
+// two the key that logs in is made for the job, too.
+const (
+	HostKeyPinned   HostKey = "pinned"
+	HostKeyAgent    HostKey = "agent"
+	HostKeyInjected HostKey = "injected"
+)
+
 // builtInName and builtInVolume are those of the image that serves every job
 // when none is configured.
 const (
@@ -238,17 +254,23 @@ func baseImage() Image {
 		Memory:  2048 * mib,
 		User:    "gitlab-runner",
 		Key:     "/root/.ssh/id_rsa",
+		HostKey: HostKeyPinned,
 		Shell:   ShellBash,
 		Address: AddressAuto, Isolated: true, Filter: "clean-traffic",
 	}
 }
 
+// Home returns where User's home is taken to be in the guest.
+func (i Image) Home() string {
+	if i.User == "root" {
+		return "/root"
+	}
+	return "/home/" + i.User
+}
+
 // fillDirs puts the folders that are not set into the user's home.
 func (i *Image) fillDirs() {
-	home := "/home/" + i.User
-	if i.User == "root" {
-		home = "/root"
-	}
+	home := i.Home()
 	if i.BuildsDir == "" {
 		i.BuildsDir = home + "/builds"
 	}

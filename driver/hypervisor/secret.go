@@ -1,0 +1,117 @@
+package hypervisor
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"strconv"
+
+	"github.com/digitalocean/go-libvirt"
+	"libvirt.org/go/libvirtxml"
+)
+
+// CreateSecret creates a raw volume that holds content and that only QEMU's
+// user, and root, can read. It is so before the content is in it. A volume of
+// that name that is already there is replaced: whoever calls this owns the name.
+//
+// https://libvirt.org/formatstorage.html#target-elements
+// https://libvirt.org/html/libvirt-libvirt-storage.html#virStorageVolUpload
+func (c *Connection) CreateSecret(ctx context.Context, pool, name string, content []byte) (Volume, error) {
+	v := Volume{Pool: pool, Name: name, Capacity: uint64(len(content))}
+	what := func(err error) error { return wrap(err, "create volume %s in pool %s", name, pool) }
+	permissions, err := c.private(ctx)
+	if err != nil {
+		return v, what(err)
+	}
+	doc := libvirtxml.StorageVolume{
+		Name:     name,
+		Capacity: &libvirtxml.StorageVolumeSize{Unit: "bytes", Value: v.Capacity},
+		Target: &libvirtxml.StorageVolumeTarget{
+			Format:      &libvirtxml.StorageVolumeTargetFormat{Type: "raw"},
+			Permissions: permissions,
+		},
+	}
+	text, err := doc.Marshal()
+	if err != nil {
+		return v, fmt.Errorf("write volume XML of %s: %w", name, err)
+	}
+	return v, what(c.do(ctx, func(rpc *libvirt.Libvirt) error {
+		p, err := rpc.StoragePoolLookupByName(pool)
+		if err != nil {
+			return err
+		}
+		vol, err := createAnew(rpc, p, name, text)
+		if err != nil {
+			return err
+		}
+		if v.Path, err = rpc.StorageVolGetPath(vol); err != nil {
+			return err
+		}
+		return rpc.StorageVolUpload(vol, bytes.NewReader(content), 0, uint64(len(content)), 0)
+	}))
+}
+
+// WipeVolume overwrites a volume with zeros, on the disk as well.
+//
+// https://libvirt.org/html/libvirt-libvirt-storage.html#virStorageVolWipe
+func (c *Connection) WipeVolume(ctx context.Context, pool, name string) error {
+	return wrap(c.do(ctx, func(rpc *libvirt.Libvirt) error {
+		p, err := rpc.StoragePoolLookupByName(pool)
+		if err != nil {
+			return err
+		}
+		vol, err := rpc.StorageVolLookupByName(p, name)
+		if err != nil {
+			return err
+		}
+		return rpc.StorageVolWipe(vol, 0)
+	}), "wipe volume %s of pool %s", name, pool)
+}
+
+// createAnew creates a volume from its XML, in place of one of that name.
+func createAnew(rpc *libvirt.Libvirt, pool libvirt.StoragePool, name, text string) (libvirt.StorageVol, error) {
+	vol, err := rpc.StorageVolCreateXML(pool, text, 0)
+	if !is(err, libvirt.ErrStorageVolExist) {
+		return vol, err
+	}
+	if vol, err = rpc.StorageVolLookupByName(pool, name); err != nil {
+		return vol, err
+	}
+	if err := rpc.StorageVolDelete(vol, 0); err != nil {
+		return vol, err
+	}
+	return rpc.StorageVolCreateXML(pool, text, 0)
+}
+
+// private returns the permissions of a file that only QEMU can read. Where the
+// host's capabilities name no user for QEMU, it runs as libvirtd's own.
+//
+// https://libvirt.org/formatcaps.html
+func (c *Connection) private(ctx context.Context) (*libvirtxml.StorageVolumeTargetPermissions, error) {
+	var text string
+	err := c.do(ctx, func(rpc *libvirt.Libvirt) (err error) {
+		text, err = rpc.ConnectGetCapabilities()
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("read the host's capabilities: %w", err)
+	}
+	var host libvirtxml.Caps
+	if err := host.Unmarshal(text); err != nil {
+		return nil, fmt.Errorf("read the host's capabilities: %w", err)
+	}
+	permissions := &libvirtxml.StorageVolumeTargetPermissions{Mode: "0600"}
+	for _, model := range host.Host.SecModel {
+		if model.Name != "dac" {
+			continue
+		}
+		for _, label := range model.Labels {
+			var user, group uint32
+			if _, err := fmt.Sscanf(label.Value, "+%d:+%d", &user, &group); err == nil {
+				permissions.Owner, permissions.Group = strconv.FormatUint(uint64(user), 10), strconv.FormatUint(uint64(group), 10)
+				return permissions, nil
+			}
+		}
+	}
+	return permissions, nil
+}
