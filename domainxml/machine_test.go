@@ -157,6 +157,22 @@ func TestNoDeviceThatAJobDoesNotNeed(t *testing.T) {
 	}
 }
 
+func TestKeysForTheGuestAreInAFileAndNotInTheDocument(t *testing.T) {
+	if info := parse(t, machine()).SysInfo; info != nil {
+		t.Errorf("sysinfo of a machine without: %+v", info)
+	}
+	m := machine()
+	m.Provision = "/pool/job-identity"
+	info := parse(t, m).SysInfo
+	if len(info) != 1 || info[0].FWCfg == nil || len(info[0].FWCfg.Entry) != 1 {
+		t.Fatalf("sysinfo: %+v", info)
+	}
+	want := libvirtxml.DomainSysInfoEntry{Name: "opt/io.systemd.credentials/tmpfiles.extra", File: "/pool/job-identity"}
+	if entry := info[0].FWCfg.Entry[0]; entry != want {
+		t.Errorf("entry %+v, want %+v", entry, want)
+	}
+}
+
 func TestIsolation(t *testing.T) {
 	m := machine()
 	if port := parse(t, m).Devices.Interfaces[0].PortOptions; port != nil {

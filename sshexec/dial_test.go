@@ -380,3 +380,57 @@ func TestLoadKey(t *testing.T) {
 		}
 	}
 }
+
+func TestKeyPair(t *testing.T) {
+	a, err := NewKeyPair()
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := NewKeyPair()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if a.Private() == b.Private() || a.Public() == b.Public() {
+		t.Error("two keys are one")
+	}
+	again, err := ParseKeyPair(a.Private())
+	if err != nil || again.Public() != a.Public() || again.Private() != a.Private() {
+		t.Errorf("read back: %v, %v", again, err)
+	}
+	if got := authorized(a.Signer().PublicKey()); got != a.Public() || !strings.HasPrefix(got, "ssh-ed25519 ") {
+		t.Errorf("public key %q, signer's %q", a.Public(), got)
+	}
+	secret := strings.Split(a.Private(), "\n")[2]
+	for _, verb := range []string{"%v", "%+v", "%s"} {
+		if text := fmt.Sprintf(verb, a); strings.Contains(text, secret) || !strings.Contains(text, "SHA256:") {
+			t.Errorf("%s prints %s", verb, text)
+		}
+	}
+	const torn = "-----BEGIN OPENSSH PRIVATE KEY-----\nc2VjcmV0\n"
+	if _, err := ParseKeyPair(torn); err == nil || strings.Contains(err.Error(), "c2VjcmV0") {
+		t.Errorf("a torn key: %v", err)
+	}
+}
+
+// TestNothingIsForwarded lets a real server allow all that it can forward, and
+// looks at what it was asked for.
+func TestNothingIsForwarded(t *testing.T) {
+	t.Setenv("SSH_AUTH_SOCK", "/run/agent")
+	t.Setenv("DISPLAY", ":0")
+	s := startServer(t, []string{"LogLevel DEBUG3", "AllowAgentForwarding yes", "AllowTcpForwarding yes", "X11Forwarding yes", "PermitTunnel yes"})
+	c := s.dial(t)
+	var out strings.Builder
+	err := c.Run(t.Context(), Command{Shell: "sh", Script: strings.NewReader(`echo "$SSH_AUTH_SOCK$DISPLAY$SSH_TTY."`), Stdout: &out})
+	if err != nil || out.String() != ".\n" {
+		t.Errorf("the script sees %q, %v", out.String(), err)
+	}
+	log := s.log.String()
+	if !strings.Contains(log, "request exec") {
+		t.Errorf("the log does not show requests:\n%s", log)
+	}
+	for _, request := range []string{"auth-agent-req", "x11-req", "pty-req", "tcpip-forward", "direct-tcpip", "streamlocal", "tun@openssh.com"} {
+		if strings.Contains(log, request) {
+			t.Errorf("asked for %s", request)
+		}
+	}
+}

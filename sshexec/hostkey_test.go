@@ -116,3 +116,19 @@ func TestHostKeyRekey(t *testing.T) {
 		t.Errorf("second key: error %v, want ErrHostKey", err)
 	}
 }
+
+func TestCheckHostKey(t *testing.T) {
+	pair, err := NewKeyPair()
+	if err != nil {
+		t.Fatal(err)
+	}
+	key, print, err := CheckHostKey(pair.Public() + " root@guest\n")
+	if err != nil || key != pair.Public() || print != pair.String() {
+		t.Errorf("%q, %q, %v", key, print, err)
+	}
+	for _, text := range []string{"", "\n", "ssh-ed25519", pair.Public()[:40], pair.Public() + "\n" + pair.Public(), pair.Private()} {
+		if _, _, err := CheckHostKey(text); err == nil {
+			t.Errorf("%.80q is taken for a host key", text)
+		}
+	}
+}

@@ -29,7 +29,8 @@ func defaultImage(name, volume string) Image {
 	return Image{
 		Name: name, Volume: volume, Format: FormatQCOW2, Pool: "default", Network: "default",
 		VCPUs: 2, Memory: 2048 << 20,
-		User: "gitlab-runner", Key: "/root/.ssh/id_rsa", Shell: ShellBash, Address: AddressAuto, Isolated: true, Filter: "clean-traffic",
+		User: "gitlab-runner", Key: "/root/.ssh/id_rsa", HostKey: HostKeyPinned, Shell: ShellBash, Address: AddressAuto,
+		Isolated: true, Filter: "clean-traffic",
 		BuildsDir: "/home/gitlab-runner/builds", CacheDir: "/home/gitlab-runner/cache",
 	}
 }
@@ -102,6 +103,7 @@ initrd = "/boot/initrd.img"
 cmdline = "console=ttyS0 root=/dev/vda1"
 user = "CI_User"
 key = "/etc/libvirt-driver/id_ed25519"
+host_key = "agent"
 shell = "sh"
 address = "lease"
 isolated = false
@@ -117,6 +119,7 @@ user = "Administrator"
 shell = "pwsh"
 builds_dir = 'C:\builds'
 cache_dir = "d:/cache"
+host_key = "injected"
 
 [[aliases]]
 match = "debian:*"
@@ -136,12 +139,13 @@ image = "windows"
 	windows := debian
 	windows.Name, windows.User, windows.Shell = "windows", "Administrator", ShellPwsh
 	windows.BuildsDir, windows.CacheDir = `C:\builds`, "d:/cache"
+	windows.HostKey = HostKeyInjected
 	big := Image{
 		Name: "big", Volume: "big.raw", Format: FormatRaw, Pool: "fast", Network: "isolated",
 		VCPUs: 8, Memory: 8 << 30, Disk: 40e9, MaxVCPUs: 0, MaxMemory: 12 << 30, MaxDisk: 64 << 30,
 		Firmware: FirmwareUEFI, Machine: "q35", CPU: "Skylake-Server-v5",
 		Kernel: "/boot/vmlinuz", Initrd: "/boot/initrd.img", Cmdline: "console=ttyS0 root=/dev/vda1",
-		User: "CI_User", Key: "/etc/libvirt-driver/id_ed25519", Shell: ShellSh, Address: AddressLease,
+		User: "CI_User", Key: "/etc/libvirt-driver/id_ed25519", HostKey: HostKeyAgent, Shell: ShellSh, Address: AddressLease,
 		DiskRate: 100e6, DiskIOPS: 500, NetworkRate: 10 << 20,
 		BuildsDir: "/srv/builds", CacheDir: "/srv/cache",
 	}
@@ -349,11 +353,12 @@ max_disk = 1979-05-27T07:32:00
 11: images.a.disk: "10 MiB" is out of range; write a size from 64 MiB to 16 TiB, such as "2 GiB" or 2048 (MiB), or "" for none
 12: images.a.max_memory: "100000000000000000000000000000000000000000000000000000000000"... is out of range; write a size from 64 MiB to 16 TiB, such as "2 GiB" or 2048 (MiB), or "" for none
 14: images.b.memory: "" is not a size; write a size from 64 MiB to 16 TiB, such as "2 GiB" or 2048 (MiB)`},
-		{"choices", "[defaults]\nformat = \"vmdk\"\nfirmware = \"efi\"\nshell = \"zsh\"\naddress = \"dns\"\n", `
+		{"choices", "[defaults]\nformat = \"vmdk\"\nfirmware = \"efi\"\nshell = \"zsh\"\naddress = \"dns\"\nhost_key = \"\"\n", `
 2: defaults.format: "vmdk" is not supported; write "qcow2" or "raw"
 3: defaults.firmware: "efi" is not supported; write "bios", "uefi" or ""
 4: defaults.shell: "zsh" is not supported; write "bash", "sh", "pwsh" or "powershell"
-5: defaults.address: "dns" is not supported; write "auto", "lease", "agent" or "arp"`},
+5: defaults.address: "dns" is not supported; write "auto", "lease", "agent" or "arp"
+6: defaults.host_key: "" is not supported; write "pinned", "agent" or "injected"`},
 		{"paths", "[defaults]\nkernel = \"vmlinuz\"\ninitrd = \"~/initrd\"\ncmdline = \"a\\u0000b\"\nkey = \"\"\nbuilds_dir = \"builds\"\ncache_dir = \"C:cache\"\n", `
 2: defaults.kernel: "vmlinuz" is not an absolute path; write an absolute path, or "" to boot from the disk
 3: defaults.initrd: "~/initrd" is not an absolute path; write an absolute path, or "" for none
