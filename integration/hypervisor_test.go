@@ -3,10 +3,12 @@
 package integration
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -61,6 +63,36 @@ func TestAPoolsVolumesAreFoundMadeAndDeletedByName(t *testing.T) {
 	virsh(t, "pool-destroy", pool)
 	if _, err := c.Volume(ctx, pool, "base"); !errors.Is(err, hypervisor.ErrInactive) {
 		t.Errorf("a volume of a pool that does not run: %v", err)
+	}
+}
+
+func TestASecretVolumeIsQEMUsAloneAndCanBeWiped(t *testing.T) {
+	t.Parallel()
+	c, ctx, dir := connect(t, "qemu:///system"), t.Context(), newFolder(t)
+	pool := newPool(t, dir)
+	for _, content := range []string{"first and longer\n", "second\n"} { // the second replaces the first
+		v, err := c.CreateSecret(ctx, pool, "secret", []byte(content))
+		if err != nil || v.Path != filepath.Join(dir, "secret") {
+			t.Fatalf("%+v, %v", v, err)
+		}
+		if text, err := os.ReadFile(v.Path); err != nil || string(text) != content {
+			t.Errorf("the volume holds %q, %v", text, err)
+		}
+		if got := strings.TrimSpace(command(t, "stat", "--format", "%a %U:%G", v.Path)); got != "600 libvirt-qemu:libvirt-qemu" {
+			t.Errorf("the volume is %s", got)
+		}
+	}
+	if err := c.WipeVolume(ctx, pool, "secret"); err != nil {
+		t.Error(err)
+	}
+	if text, err := os.ReadFile(filepath.Join(dir, "secret")); err != nil || len(text) == 0 || len(bytes.Trim(text, "\x00")) > 0 {
+		t.Errorf("after wiping the volume holds %q, %v", text, err)
+	}
+	if _, err := c.CreateSecret(ctx, "no-such-pool", "secret", []byte("x")); !errors.Is(err, hypervisor.ErrNotFound) {
+		t.Errorf("in a pool that does not exist: %v", err)
+	}
+	if err := c.WipeVolume(ctx, pool, "no-such-volume"); !errors.Is(err, hypervisor.ErrNotFound) {
+		t.Errorf("wipe a volume that does not exist: %v", err)
 	}
 }
 

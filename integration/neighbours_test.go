@@ -228,6 +228,7 @@ func TestGCBesideRunningJobsRemovesOrphansAndNothingElse(t *testing.T) {
 		// Domains with and without their volume. A volume alone is too young yet.
 		orphans = append(orphans, plant(t, 900+i, true, i%2 == 0))
 	}
+	virsh(t, "vol-create-as", "default", orphans[0]+"-identity", "4k", "--format", "raw")
 	young := plant(t, 990, false, true)
 	virsh(t, "define", document(t, `<domain type='qemu'><name>runner-1-project-42-concurrent-0-job-991</name>
 		<memory unit='MiB'>64</memory><os><type arch='x86_64' machine='q35'>hvm</type></os></domain>`))
