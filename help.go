@@ -48,7 +48,7 @@ comes back as it comes. SUBSTAGE is the runner's name for it and changes nothing
 
 On SIGTERM the script's processes in the guest are ended, the guest itself stays usable.
 
-Reads the settings user, key and shell of the job's image, and uri and socket to see the guest
+Reads the settings user, key, host_key and shell of the job's image, and uri and socket to see the guest
 stop.
 
 Exits with 0 when the script does; with $BUILD_FAILURE_EXIT_CODE when the script fails, its own
@@ -56,7 +56,7 @@ exit code (128 and more for a signal) in $BUILD_EXIT_CODE_FILE; with $SYSTEM_FAI
 when the guest or the connection is lost, and when it is told to stop.`
 
 const cleanupHelp = `Destroys and undefines the job's domain, with its NVRAM, saved state and snapshots, and deletes
-its overlay and its logs. Nothing being there is success. What carries the job's name but was
+its volumes and its logs. Nothing being there is success. What carries the job's name but was
 not made by the driver is left alone.
 
 Reads the settings uri, socket, log_dir, timeouts.destroy, and the pools of all images.
