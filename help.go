@@ -48,8 +48,8 @@ comes back as it comes. SUBSTAGE is the runner's name for it and changes nothing
 
 On SIGTERM the script's processes in the guest are ended, the guest itself stays usable.
 
-Reads the settings user, key, host_key and shell of the job's image, and uri and socket to see the guest
-stop.
+Reads the settings user, key, host_key and shell of the job's image, and uri and socket to see
+the guest stop.
 
 Exits with 0 when the script does; with $BUILD_FAILURE_EXIT_CODE when the script fails, its own
 exit code (128 and more for a signal) in $BUILD_EXIT_CODE_FILE; with $SYSTEM_FAILURE_EXIT_CODE
