@@ -107,7 +107,7 @@ func (s *Stage) credentials(ctx context.Context, m machine) (knock, error) {
 		if err != nil {
 			return k, err
 		}
-		s.Log.Step("key", time.Since(begun), "%s, by the guest agent", print)
+		s.Log.Step("key", time.Since(begun), "%s, by the agent", print)
 		k.Own, k.HostKey = m.keys.client.Private(), key
 		return k, nil
 	}
