@@ -187,6 +187,22 @@ func TestAnImpostorBetweenPrepareAndRunIsRefused(t *testing.T) {
 			job := newJob(runner.Job{})
 			ex := prepared(t, newSettings(t, settings(fmt.Sprintf("network = %q", net.name))).runner(t), job)
 			impostor.stepIn(t)
+			// The connection that prepare made is to the guest, whoever is at its address by now.
+			if got := output(t, ex, "echo the guest is there"); got != "the guest is there\n" {
+				t.Errorf("a script writes %q", got)
+			}
+			if said := impostor.said(t); strings.Contains(said, "Connection from") {
+				t.Errorf("the impostor was called:\n%s", said)
+			}
+			// A sub-stage that has to log in anew comes to the impostor.
+			pid := keeper(t, machineOf(job))
+			if pid == 0 {
+				t.Fatal("no process keeps the connection")
+			}
+			if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+				t.Fatal(err)
+			}
+			until(t, "the connection is lost", func() bool { return keeper(t, machineOf(job)) == 0 })
 			pinned := fingerprint(t, job)
 			r := ex.Run(t.Context(), "build_script", "echo the secret of the job")
 			want(t, ex, r, 2, "the server's host key is not the expected one", "showed ssh-ed25519 "+impostor.print, "expected ssh-ed25519 "+pinned)
@@ -235,7 +251,7 @@ func TestAGuestThatHasNoAgentIsNotConnectedTo(t *testing.T) {
 func TestAGuestThatTurnsHostileGetsNothingOfTheHost(t *testing.T) {
 	t.Parallel()
 	network := newNetwork(t, true)
-	ex := prepared(t, newSettings(t, tiny(fmt.Sprintf("network = %q", network.name))).runner(t), newJob(runner.Job{}))
+	ex := prepared(t, newSettings(t, "keep_connection = false\n"+tiny(fmt.Sprintf("network = %q", network.name))).runner(t), newJob(runner.Job{}))
 	hostKey, err := ssh.ParsePrivateKey([]byte(output(t, ex, "sudo cat /etc/ssh/ssh_host_ed25519_key")))
 	if err != nil {
 		t.Fatal(err)
@@ -455,6 +471,11 @@ func TestPrivateKeysAreNowhereThatAnotherUserCanReadAndGoWithTheJob(t *testing.T
 	everything := func(fs.FileInfo) bool { return true }
 	state := []string{"/run", "/etc/libvirt", "/var/log/libvirt", "/var/lib/libvirt"}
 	seek(t, secrets, everyone, append(state, ex.Dir())...)
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", keeper(t, machine)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantNoSecret(t, secrets, "the keeper's command line", text)
 	// Only root and QEMU read the guest's disk, which holds what the guest has.
 	seek(t, secrets, everything, "/run", "/etc/libvirt", "/var/log/libvirt")
 	for _, args := range [][]string{
