@@ -232,18 +232,26 @@ func fingerprint(t *testing.T, job runner.Job) string {
 	return ssh.FingerprintSHA256(key)
 }
 
-func TestAGuestThatHasNoAgentIsNotConnectedTo(t *testing.T) {
+func TestAGuestWhoseAgentDoesNotTellItsKeyIsNotConnectedTo(t *testing.T) {
 	t.Parallel()
-	net := newNetwork(t, true)
-	impostor := newImpostor(t, net)
-	impostor.stepIn(t)
-	ex := start(t, newSettings(t, tiny(fmt.Sprintf("network = %q\nhost_key = \"agent\"\n", net.name)+
-		`cmdline = 'console=ttyS0 quiet no_timer_check rdinit=/bin/sh -- -c "rm /etc/guest-agent; exec /init"'`,
-		"[timeouts]", `ssh = "5s"`)).runner(t), newJob(runner.Job{}))
-	want(t, ex, ex.Prepare(t.Context()), 2, "none after 5s (timeouts.ssh)", "no guest agent answers",
-		"install and enable qemu-guest-agent in the image", `or set host_key = "pinned"`)
-	if said := impostor.said(t); strings.Contains(said, "Connection from") {
-		t.Errorf("connected all the same:\n%s", said)
+	for name, test := range map[string]struct{ before, complaint string }{
+		"no agent":                  {`rm /etc/guest-agent`, "none after 8s (timeouts.ssh): asked the guest agent"},
+		"one that must not":         {`sed -i s,exec.qemu-ga,exec\ qemu-ga\ -b\ guest-file-open, /etc/guest-agent`, "the guest agent does not do this"},
+		"one that cannot authorize": {`sed -i /^gitlab-runner/d /etc/passwd`, "authorize a key for gitlab-runner in the guest"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			net := newNetwork(t, true)
+			impostor := newImpostor(t, net)
+			impostor.stepIn(t)
+			ex := start(t, newSettings(t, tiny(fmt.Sprintf("network = %q\nhost_key = \"agent\"\n", net.name)+
+				`cmdline = 'console=ttyS0 quiet no_timer_check rdinit=/bin/sh -- -c "`+test.before+`; exec /init"'`,
+				"[timeouts]", `ssh = "8s"`)).runner(t), newJob(runner.Job{}))
+			want(t, ex, ex.Prepare(t.Context()), 2, test.complaint, "image tiny", "install and enable qemu-guest-agent in the image", `or set host_key = "pinned"`)
+			if said := impostor.said(t); strings.Contains(said, "Connection from") {
+				t.Errorf("connected all the same:\n%s", said)
+			}
+		})
 	}
 }
 
