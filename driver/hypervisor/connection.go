@@ -18,6 +18,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -39,6 +40,24 @@ const Grace = 3 * time.Second
 // daemon's, which reaches storage and networks for its clients. See
 // https://libvirt.org/daemons.html.
 var Sockets = []string{"/var/run/libvirt/libvirt-sock", "/var/run/libvirt/virtqemud-sock"}
+
+// sessionSockets returns where a user's own daemons listen, for the URI of a
+// session. To root libvirt gives the system's daemon even then.
+func sessionSockets(uid int) ([]string, error) {
+	if uid == 0 {
+		return Sockets, nil
+	}
+	// As GLib has it, which libvirt asks.
+	dir := os.Getenv("XDG_RUNTIME_DIR")
+	if dir == "" {
+		var err error
+		if dir, err = os.UserCacheDir(); err != nil {
+			return nil, fmt.Errorf("find the sockets of the user's own libvirtd: XDG_RUNTIME_DIR is not set: %w", err)
+		}
+	}
+	dir = filepath.Join(dir, "libvirt")
+	return []string{filepath.Join(dir, "libvirt-sock"), filepath.Join(dir, "virtqemud-sock")}, nil
+}
 
 // Connection is a connection to libvirtd that is made when it is first needed
 // and made again when it is lost. It is safe for concurrent use.
@@ -63,7 +82,8 @@ type session struct {
 
 // New returns a Connection to the hypervisor of uri, such as
 // "qemu:///system", behind the UNIX socket at path; with an empty path, behind
-// the first of Sockets that exists. Nothing is dialled yet.
+// the first of Sockets that exists or, for "qemu:///session", of the user's own.
+// Nothing is dialled yet.
 func New(uri, path string) *Connection {
 	return &Connection{uri: uri, socket: path, grace: Grace}
 }
@@ -149,7 +169,10 @@ func (c *Connection) session(ctx context.Context) (*session, error) {
 	if c.current != nil {
 		return c.current, nil
 	}
-	path := c.path()
+	path, err := c.path()
+	if err != nil {
+		return nil, err
+	}
 	conn, err := new(net.Dialer).DialContext(ctx, "unix", path)
 	switch {
 	case errors.Is(err, fs.ErrPermission):
@@ -177,16 +200,23 @@ func (c *Connection) session(ctx context.Context) (*session, error) {
 }
 
 // path returns the socket to dial.
-func (c *Connection) path() string {
+func (c *Connection) path() (string, error) {
 	if c.socket != "" {
-		return c.socket
+		return c.socket, nil
 	}
-	for _, path := range Sockets {
-		if _, err := os.Stat(path); err == nil {
-			return filepath.Clean(path)
+	sockets := Sockets
+	if strings.HasSuffix(c.uri, "/session") {
+		var err error
+		if sockets, err = sessionSockets(os.Geteuid()); err != nil {
+			return "", err
 		}
 	}
-	return Sockets[0]
+	for _, path := range sockets {
+		if _, err := os.Stat(path); err == nil {
+			return filepath.Clean(path), nil
+		}
+	}
+	return sockets[0], nil
 }
 
 // forget drops a session that has been lost.

@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -130,13 +131,48 @@ func TestSocketIsTheFirstThatExists(t *testing.T) {
 	dir := t.TempDir()
 	Sockets = []string{filepath.Join(dir, "libvirt-sock"), filepath.Join(dir, "virtqemud-sock")}
 	c := New("qemu:///system", "")
-	if got := c.path(); got != Sockets[0] {
-		t.Errorf("with none: %s", got)
+	if got, err := c.path(); got != Sockets[0] || err != nil {
+		t.Errorf("with none: %s, %v", got, err)
 	}
 	if err := os.WriteFile(Sockets[1], nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if got := c.path(); got != Sockets[1] {
-		t.Errorf("with the modular daemon's alone: %s", got)
+	if got, err := c.path(); got != Sockets[1] || err != nil {
+		t.Errorf("with the modular daemon's alone: %s, %v", got, err)
+	}
+}
+
+func TestASessionsSocketIsTheUsersOwn(t *testing.T) {
+	dir := t.TempDir()
+	t.Setenv("XDG_RUNTIME_DIR", dir)
+	want := []string{dir + "/libvirt/libvirt-sock", dir + "/libvirt/virtqemud-sock"}
+	if got, err := sessionSockets(1000); !slices.Equal(got, want) || err != nil {
+		t.Errorf("with XDG_RUNTIME_DIR: %q, %v", got, err)
+	}
+	t.Setenv("XDG_RUNTIME_DIR", "")
+	t.Setenv("XDG_CACHE_HOME", dir)
+	if got, err := sessionSockets(1000); !slices.Equal(got, want) || err != nil {
+		t.Errorf("with XDG_CACHE_HOME alone: %q, %v", got, err)
+	}
+	t.Setenv("XDG_CACHE_HOME", "")
+	t.Setenv("HOME", "")
+	if got, err := sessionSockets(1000); err == nil || !strings.Contains(err.Error(), "XDG_RUNTIME_DIR is not set") {
+		t.Errorf("with no folder at all: %q, %v", got, err)
+	}
+	if got, err := sessionSockets(0); !slices.Equal(got, Sockets) || err != nil {
+		t.Errorf("root's: %q, %v", got, err)
+	}
+
+	// The one that path takes is of the user who runs it.
+	t.Setenv("XDG_RUNTIME_DIR", dir)
+	sockets, err := sessionSockets(os.Geteuid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := New("qemu:///session", "").path(); !slices.Contains(sockets, got) || err != nil {
+		t.Errorf("a session's: %s, %v; want one of %q", got, err, sockets)
+	}
+	if got, err := New("qemu:///session", "/named").path(); got != "/named" || err != nil {
+		t.Errorf("named: %s, %v", got, err)
 	}
 }
