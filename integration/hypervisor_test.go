@@ -48,7 +48,7 @@ func TestAPoolsVolumesAreFoundMadeAndDeletedByName(t *testing.T) {
 		if err != nil || overlay.Capacity != test.gets || overlay.Path != filepath.Join(dir, "overlay") {
 			t.Errorf("an overlay of %d bytes: %+v, %v", test.asked, overlay, err)
 		}
-		wantImage(t, overlay.Path, diskImage{"qcow2", int64(test.gets), base.Path, "qcow2"})
+		wantImage(t, overlay.Path, overlayOf(int64(test.gets), base.Path, "qcow2"))
 	}
 
 	for _, there := range []bool{true, false} {

@@ -39,6 +39,19 @@ type diskImage struct {
 	Size          int64  `json:"virtual-size"`
 	Backing       string `json:"backing-filename"`
 	BackingFormat string `json:"backing-filename-format"`
+	Specific      struct {
+		Data struct {
+			Compat        string `json:"compat"`
+			LazyRefcounts bool   `json:"lazy-refcounts"`
+		} `json:"data"`
+	} `json:"format-specific"`
+}
+
+// overlayOf is what an overlay of that size on a base must be.
+func overlayOf(size int64, base, baseFormat string) diskImage {
+	i := diskImage{Format: "qcow2", Size: size, Backing: base, BackingFormat: baseFormat}
+	i.Specific.Data.Compat = "1.1"
+	return i
 }
 
 func inspectImage(file string) (diskImage, error) {
@@ -159,7 +172,7 @@ image = "bookworm"
 		t.Logf("job log:\n%s", log)
 	}
 
-	if want := (diskImage{"qcow2", 10 << 30, base, "qcow2"}); header != want {
+	if want := overlayOf(10<<30, base, "qcow2"); header != want {
 		t.Errorf("the overlay is %+v, not %+v", header, want)
 	}
 	for _, part := range []string{"<backingStore>", "<path>" + base + "</path>", "<format type='qcow2'/>"} {
@@ -219,7 +232,7 @@ func TestABaseVolumeMayBeRawAndAGuestsWritesStayInTheOverlay(t *testing.T) {
 	pool, before := newPool(t, dir), hash(t, base)
 	job := newJob(runner.Job{})
 	ex := prepared(t, newSettings(t, tiny(fmt.Sprintf("volume = \"base.img\"\nformat = \"raw\"\npool = %q\ndisk = \"80 MiB\"", pool))).runner(t), job)
-	wantImage(t, filepath.Join(dir, machineOf(job)+".qcow2"), diskImage{"qcow2", 80 << 20, base, "raw"})
+	wantImage(t, filepath.Join(dir, machineOf(job)+".qcow2"), overlayOf(80<<20, base, "raw"))
 	got := output(t, ex, "yes | head -c 1048576 | sudo dd of=/dev/vda bs=4k seek=256 conv=fsync 2>/dev/null\n"+
 		"sudo dd if=/dev/vda bs=1M skip=1 count=1 2>/dev/null | head -c 4; cat /sys/block/vda/size")
 	if got != "y\ny\n163840\n" {

@@ -121,13 +121,19 @@ func parseVolume(pool, text string) (Volume, error) {
 // more than base has. A volume of that name that is already there is replaced:
 // whoever calls this owns the name.
 //
+// https://libvirt.org/formatstorage.html#storage-volume-target-elements
 // https://libvirt.org/formatstorage.html#backing-store-elements
 func (c *Connection) CreateOverlay(ctx context.Context, name string, base Volume, format string, capacity uint64) (Volume, error) {
 	v := Volume{Pool: base.Pool, Name: name, Capacity: max(capacity, base.Capacity)}
 	doc := libvirtxml.StorageVolume{
 		Name:     name,
 		Capacity: &libvirtxml.StorageVolumeSize{Unit: "bytes", Value: v.Capacity},
-		Target:   &libvirtxml.StorageVolumeTarget{Format: &libvirtxml.StorageVolumeTargetFormat{Type: "qcow2"}},
+		Target: &libvirtxml.StorageVolumeTarget{
+			Format: &libvirtxml.StorageVolumeTargetFormat{Type: "qcow2"},
+			// libvirt's default is 0.10. That has no way to note that what a guest
+			// discards is not to be seen in the base again, so QEMU keeps it.
+			Compat: "1.1",
+		},
 		BackingStore: &libvirtxml.StorageVolumeBackingStore{
 			Path:   base.Path,
 			Format: &libvirtxml.StorageVolumeTargetFormat{Type: format},
