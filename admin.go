@@ -79,7 +79,7 @@ func gcCommand() *cli.Command {
 func onHost(do func(*cli.Context, *driver.Host) error) cli.ActionFunc {
 	return func(c *cli.Context) error {
 		if c.NArg() != 0 {
-			return fmt.Errorf("%s takes no arguments: see libvirt-driver %s --help", c.Command.Name, c.Command.Name)
+			return fmt.Errorf("%s takes no arguments", c.Command.Name)
 		}
 		configured, err := settings.Load(c.String("config"))
 		if err != nil {
@@ -110,12 +110,20 @@ func printMachines(w io.Writer, machines []driver.Machine) error {
 	for _, m := range machines {
 		disk := "none"
 		if m.Volume != "" {
-			disk = settings.FormatSize(m.Disk &^ (1<<20 - 1))
+			disk = settings.FormatSize(whole(m.Disk))
 		}
 		fmt.Fprintf(table, "%d\t%d\t%s\t%s\t%s\t%s\t%s\n", m.Job, m.Project, dash(clip(m.Image, 20)), age(m.Created),
 			clip(m.State, 28), dash(clip(m.Address, 21)), disk)
 	}
 	return table.Flush()
+}
+
+// whole drops what a size has beyond whole MiB, or KiB where it has no MiB.
+func whole(size uint64) uint64 {
+	if size < 1<<20 {
+		return size &^ (1<<10 - 1)
+	}
+	return size &^ (1<<20 - 1)
 }
 
 func printCollection(w io.Writer, c driver.Collection, dryRun bool) {

@@ -34,11 +34,12 @@ be read.`
 
 const prepareHelp = `Creates an overlay on the image's base volume, defines and starts a domain on it, waits for the
 guest's address and then for a real SSH session. What an earlier attempt at the same job left is
-removed first. Each step is a line in the job log; a failure shows the last lines of the guest's
-console. A guest that stops, pauses or crashes, or refuses the key, is not waited for to the
-end.
+removed first, and while the host has no room for the machine it waits for its turn. Each step
+is a line in the job log; a failure shows the last lines of the guest's console. A guest that
+stops, pauses or crashes, or refuses the key, is not waited for to the end.
 
-Reads the settings uri, socket, virt_type, log_dir, [timeouts], and all of the job's image.
+Reads the settings uri, socket, virt_type, log_dir, reserve_memory, reserve_disk, all of
+[timeouts] (turn, address, ssh, destroy), and all of the job's image.
 
 Exits with $BUILD_FAILURE_EXIT_CODE when the job asks for what it cannot have: that is not tried
 again; with $SYSTEM_FAILURE_EXIT_CODE for everything else, and when it is told to stop.`
@@ -59,9 +60,11 @@ const cleanupHelp = `Destroys and undefines the job's domain, with its NVRAM, sa
 its volumes and its logs. Nothing being there is success. What carries the job's name but was
 not made by the driver is left alone.
 
-Reads the settings uri, socket, log_dir, timeouts.destroy, and the pools of all images.
+Reads the settings uri, socket, log_dir, timeouts.destroy, and the pools and networks of all
+images.
 
-Exits with 0, or with $SYSTEM_FAILURE_EXIT_CODE when something is left, which it names.`
+Exits with 0, or with $SYSTEM_FAILURE_EXIT_CODE when something is left, which it names. It never
+blames the job, and a job that forges who it is has its machine removed all the same.`
 
 const listHelp = `Prints one line for each of the driver's machines, the oldest first: its job and project, its
 image, its age, the state of its domain, the guest's address, and what its disk takes of the

@@ -2,7 +2,6 @@ package driver
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"time"
 
@@ -28,9 +27,12 @@ func (s *Stage) admit(ctx context.Context, m machine) (release func(), err error
 	begun := time.Now()
 	var full error
 	for {
-		lock, err := s.lock(ctx, turn)
-		if err != nil {
-			return nil, errors.Join(err, full)
+		lock, err := s.lock(ctx, turn, "other machines, which are let in one by one")
+		switch {
+		case err != nil && full != nil:
+			return nil, fmt.Errorf("%w: %w", err, full)
+		case err != nil:
+			return nil, err
 		}
 		short, err := s.room(ctx, m)
 		switch {

@@ -53,6 +53,20 @@ func TestNoRoomInTimeIsTheHostsFault(t *testing.T) {
 	}
 }
 
+func TestATurnThatDoesNotComeSaysWhy(t *testing.T) {
+	s := newStage(t, nil)
+	s.Settings.Timeouts.Turn = 100 * time.Millisecond
+	lock, err := s.tryLock(turn)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lock.release()
+	err = s.Prepare(context.Background())
+	if err == nil || isBuild(err) || !strings.Contains(err.Error(), "waited for other machines, which are let in one by one") || strings.Contains(err.Error(), "\n") {
+		t.Errorf("error: %v", err)
+	}
+}
+
 func TestAMachineThatNeverFitsIsNotWaitedFor(t *testing.T) {
 	s := newStage(t, nil)
 	s.host.memory = hypervisor.Memory{Total: 2 << 30, Available: 2 << 30}

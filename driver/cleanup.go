@@ -20,14 +20,19 @@ import (
 // what takes its time when nobody can use the machine any more: a process of its
 // own finishes that.
 func (s *Stage) Cleanup(ctx context.Context) error {
-	job, err := s.identify()
+	job, err := s.made()
+	var refused *gitlab.BuildError
+	if errors.As(err, &refused) {
+		s.Log.Note("nothing to remove: no machine is made for such a job: %v", err)
+		return nil
+	}
 	if err != nil {
 		return err
 	}
 	limit := s.Settings.Timeouts.Destroy
 	waiting, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("not free after %v (timeouts.destroy)", limit))
 	defer cancel()
-	lock, err := s.lock(waiting, job.Machine())
+	lock, err := s.lock(waiting, job.Machine(), "another stage that works on "+job.Machine())
 	if err != nil {
 		return err
 	}
@@ -45,6 +50,17 @@ func (h *Host) finish(ctx context.Context, name string, job gitlab.Job) error {
 		return errors.Join(err, h.forget(name))
 	}
 	return err
+}
+
+// made says whose machine there is to remove. What the config stage passed on
+// is the name that prepare went by, whatever the job's variables have come to
+// say. Without it they made the name, if they did, in an earlier attempt. The
+// error is a BuildError when no stage can have made a machine.
+func (s *Stage) made() (gitlab.Job, error) {
+	if job, ok := parseMachine(s.Environment.Passed(passedMachine)); ok {
+		return job, nil
+	}
+	return s.Environment.Identity()
 }
 
 // removeWithin removes a job's machine, again and again until it is gone or the

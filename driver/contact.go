@@ -13,8 +13,9 @@ import (
 	"libvirt-driver/driver/settings"
 )
 
-// contact is how to get into a job's guest: what prepare found out and every
-// sub-stage needs. Only a guest that shows this host key is the job's.
+// contact is how to get into a job's guest and run a script there: what prepare
+// found out, and what the settings were then, which every sub-stage needs. Only
+// a guest that shows this host key is the job's.
 type contact struct {
 	// Address is the SSH server's, host:port.
 	Address string `json:"address"`
@@ -23,9 +24,26 @@ type contact struct {
 	// Relay is the host key of the machine's keeper, in the same format; empty
 	// when the connection is not kept.
 	Relay string `json:"relay,omitempty"`
-	// Key is the private key that was made to log in to this guest, empty when
-	// the settings name the key.
-	Key string `json:"key,omitempty"`
+	// User logs in, with the private key in the file Key or with Own, the private
+	// key that was made for this machine alone, and runs scripts with Shell.
+	User  string `json:"user"`
+	Key   string `json:"key,omitempty"`
+	Own   string `json:"own_key,omitempty"`
+	Shell string `json:"shell"`
+}
+
+// complete reports whether nothing is missing.
+func (c contact) complete() bool {
+	return c.Address != "" && c.HostKey != "" && c.User != "" && c.Key+c.Own != "" && c.Shell != ""
+}
+
+// of returns c for a guest of image.
+func (c contact) of(image settings.Image) contact {
+	c.User, c.Shell = image.User, string(image.Shell)
+	if c.Own == "" {
+		c.Key = image.Key
+	}
+	return c
 }
 
 // contactFile is kept in the job's temporary folder on the host, which GitLab
@@ -53,7 +71,7 @@ func (s *Stage) handOver(ctx context.Context, m machine, c contact) error {
 	if err := s.Hypervisor.SetMetadata(ctx, m.name, domainxml.Namespace, domainxml.NamespacePrefix, text); err != nil {
 		return err
 	}
-	doc, err := json.Marshal(c)
+	doc, err := json.Marshal(c.of(m.image))
 	if err != nil {
 		return err
 	}
@@ -63,13 +81,17 @@ func (s *Stage) handOver(ctx context.Context, m machine, c contact) error {
 	return nil
 }
 
-// contact returns what prepare handed over.
-func (s *Stage) contact(ctx context.Context, m machine) (contact, error) {
+// contact returns what prepare handed over: from the job's temporary folder, or
+// else from the domain's metadata and the settings as they are now.
+func (s *Stage) contact(ctx context.Context, machine string) (contact, error) {
 	doc, err := os.ReadFile(s.contactPath())
 	if err == nil {
 		var c contact
 		if err := json.Unmarshal(doc, &c); err != nil {
 			return c, fmt.Errorf("%s: %w", s.contactPath(), err)
+		}
+		if !c.complete() {
+			return c, fmt.Errorf("%s is not complete: was the machine prepared by another version of the driver?", s.contactPath())
 		}
 		return c, nil
 	}
@@ -78,20 +100,24 @@ func (s *Stage) contact(ctx context.Context, m machine) (contact, error) {
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, reconnect, fmt.Errorf("not known after %v", reconnect))
 	defer cancel()
-	text, found, err := s.Hypervisor.Metadata(ctx, m.name, domainxml.Namespace)
+	text, found, err := s.Hypervisor.Metadata(ctx, machine, domainxml.Namespace)
 	if err != nil {
 		return contact{}, err
 	}
-	if m.image.HostKey != settings.HostKeyPinned {
-		return contact{}, fmt.Errorf("%s is gone, and with it the key to the job's machine %s, which was made for this attempt at the job alone: start the job again",
-			s.contactPath(), m.name)
-	}
 	if !found {
-		return contact{}, fmt.Errorf("the job's machine %s does not exist: was it prepared?", m.name)
+		return contact{}, fmt.Errorf("the job's machine %s does not exist: was it prepared?", machine)
 	}
 	metadata, err := domainxml.ParseMetadata(text)
 	if err != nil || metadata.Address == "" || metadata.HostKey == "" {
-		return contact{}, fmt.Errorf("the job's machine %s was not prepared to its end", m.name)
+		return contact{}, fmt.Errorf("the job's machine %s was not prepared to its end", machine)
 	}
-	return contact{Address: metadata.Address, HostKey: metadata.HostKey}, nil
+	image, ok := s.Settings.Images[metadata.Image]
+	if !ok {
+		return contact{}, fmt.Errorf("image %q, which the job's machine %s was made of, is not in the settings any more", metadata.Image, machine)
+	}
+	if image.HostKey != settings.HostKeyPinned {
+		return contact{}, fmt.Errorf("%s is gone, and with it the key to the job's machine %s, which was made for this attempt at the job alone: start the job again",
+			s.contactPath(), machine)
+	}
+	return contact{Address: metadata.Address, HostKey: metadata.HostKey}.of(image), nil
 }

@@ -4,17 +4,22 @@ import (
 	"bytes"
 	"context"
 	"crypto/ed25519"
+	"encoding/json"
 	"encoding/pem"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"unicode"
 
 	"golang.org/x/crypto/ssh"
 
+	"libvirt-driver/domainxml"
 	"libvirt-driver/driver/gitlab"
 	"libvirt-driver/driver/hypervisor"
+	"libvirt-driver/driver/settings"
 	"libvirt-driver/sshexec"
 )
 
@@ -50,13 +55,12 @@ func TestConfigTellsLaterStagesWhatTheyMayTrust(t *testing.T) {
 	}
 }
 
-func TestAJobThatChangesItsNameIsRefusedEverywhere(t *testing.T) {
+func TestAJobThatChangesItsNameIsRefused(t *testing.T) {
 	vars := map[string]string{"LIBVIRT_DRIVER_MACHINE": "runner-8-project-42-concurrent-0-job-1001"}
 	for name, stage := range map[string]func(*stage) error{
 		"config":  func(s *stage) error { return s.Config(&bytes.Buffer{}) },
 		"prepare": func(s *stage) error { return s.Prepare(context.Background()) },
 		"run":     func(s *stage) error { return s.Run(context.Background(), "script") },
-		"cleanup": func(s *stage) error { return s.Cleanup(context.Background()) },
 	} {
 		s := newStage(t, vars)
 		if err := stage(s); !isBuild(err) || len(s.host.calls) != 0 {
@@ -82,18 +86,15 @@ func TestPrepareHandsOverAddressAndHostKey(t *testing.T) {
 	if err := s.Prepare(context.Background()); err != nil {
 		t.Fatal(err)
 	}
-	m, err := s.plan()
-	if err != nil {
-		t.Fatal(err)
-	}
-	want := contact{Address: "192.0.2.7:22", HostKey: "ssh-ed25519 AAAA"}
-	if got, err := s.contact(context.Background(), m); got != want || err != nil {
+	want := contact{Address: "192.0.2.7:22", HostKey: "ssh-ed25519 AAAA",
+		User: "gitlab-runner", Key: s.Settings.Images["default"].Key, Shell: "bash"}
+	if got, err := s.contact(context.Background(), machineName); got != want || err != nil {
 		t.Errorf("from the job's folder: %+v, %v", got, err)
 	}
 	if err := os.Remove(s.contactPath()); err != nil {
 		t.Fatal(err)
 	}
-	if got, err := s.contact(context.Background(), m); got != want || err != nil {
+	if got, err := s.contact(context.Background(), machineName); got != want || err != nil {
 		t.Errorf("from the domain: %+v, %v", got, err)
 	}
 }
@@ -139,7 +140,11 @@ func TestDiskSmallerThanItsBase(t *testing.T) {
 func prepared(t *testing.T, guest *shell) (*stage, string) {
 	t.Helper()
 	s := newStage(t, nil)
-	if err := os.WriteFile(s.contactPath(), []byte(`{"address": "192.0.2.7:22", "host_key": "ssh-ed25519 AAAA"}`), 0o600); err != nil {
+	doc, err := json.Marshal(contact{Address: "192.0.2.7:22", HostKey: "ssh-ed25519 AAAA"}.of(s.Settings.Images["default"]))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(s.contactPath(), doc, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	script := filepath.Join(s.dir, "script")
@@ -166,6 +171,90 @@ func TestRunMapsEndings(t *testing.T) {
 	s.host.stop(hypervisor.State{Kind: hypervisor.Off, Reason: "destroyed"})
 	if err := s.Run(context.Background(), script); err == nil || isBuild(err) || !strings.Contains(err.Error(), "shut off (destroyed)") {
 		t.Errorf("guest destroyed: %v", err)
+	}
+}
+
+// What the administrator changes while a job runs is no fault of the job's.
+func TestRunGoesOnWhenTheSettingsChange(t *testing.T) {
+	s, script := prepared(t, &shell{})
+	image := s.Settings.Images["default"]
+	used := make(chan sshexec.Target, 1)
+	s.Connect = func(_ context.Context, target sshexec.Target) (Shell, error) {
+		used <- target
+		return &shell{}, nil
+	}
+	s.Settings = settings.Default()
+	s.Settings.Images = map[string]settings.Image{"other": {Name: "other", User: "other", Shell: settings.ShellSh}}
+	s.Settings.BuiltIn = false
+	if err := s.Run(context.Background(), script); err != nil {
+		t.Fatal(err)
+	}
+	if target := <-used; target.User != image.User || target.Address != "192.0.2.7:22" {
+		t.Errorf("logged in to %+v", target)
+	}
+	// Without what prepare handed over nothing is known of the image.
+	if err := os.Remove(s.contactPath()); err != nil {
+		t.Fatal(err)
+	}
+	text, err := domainxml.Metadata{Job: 1001, Project: 42, Image: "default", Address: "192.0.2.7:22", HostKey: "k"}.Element()
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.host.domains[machineName] = text
+	if err := s.Run(context.Background(), script); err == nil || isBuild(err) || !strings.Contains(err.Error(), `image "default"`) {
+		t.Errorf("without the hand-over: %v", err)
+	}
+}
+
+func TestPrepareWhoseImageIsGoneSinceConfigIsNotTheJobsFailure(t *testing.T) {
+	s := newStage(t, map[string]string{"LIBVIRT_DRIVER_IMAGE": "gone"})
+	s.Settings.BuiltIn = false
+	err := s.Prepare(context.Background())
+	if err == nil || isBuild(err) || !strings.Contains(err.Error(), "settings have changed") || len(s.host.calls) != 0 {
+		t.Errorf("error: %v after %q", err, s.host.calls)
+	}
+}
+
+func TestAnInactiveNetworkIsSaidWithItsRemedy(t *testing.T) {
+	for why, remedy := range map[error]string{
+		hypervisor.ErrInactive: "start the network: virsh net-start default, and virsh net-autostart default for the next boot",
+		hypervisor.ErrNotFound: "virsh net-list --all",
+	} {
+		s := newStage(t, nil)
+		s.host.failures["StartDomain"] = errors.New("libvirt's own words")
+		s.host.failures["KeepsLeases"] = fmt.Errorf("network default: %w", why)
+		err := s.Prepare(context.Background())
+		if err == nil || isBuild(err) || !strings.Contains(err.Error(), "start machine: libvirt's own words: ") || !strings.Contains(err.Error(), remedy) {
+			t.Errorf("as it starts: %v", err)
+		}
+		delete(s.host.failures, "StartDomain")
+		clear(s.host.domains)
+		if err := s.Prepare(context.Background()); err == nil || !strings.Contains(err.Error(), remedy) {
+			t.Errorf("once it has started: %v", err)
+		}
+	}
+	s := newStage(t, nil)
+	s.host.failures["StartDomain"] = errors.New("libvirt's own words")
+	if err := s.Prepare(context.Background()); err == nil || strings.Contains(err.Error(), "virsh") {
+		t.Errorf("with a network that runs: %v", err)
+	}
+}
+
+// The log's rule: only titles begin with a capital.
+func TestOnlyTitlesBeginWithACapital(t *testing.T) {
+	s := newStage(t, nil)
+	if err := s.Prepare(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	var titles []string
+	for line := range strings.Lines(s.log.String()) {
+		if unicode.IsUpper(rune(line[0])) {
+			title, _, _ := strings.Cut(line, " ")
+			titles = append(titles, title)
+		}
+	}
+	if got := strings.Join(titles, " "); got != "Machine The" {
+		t.Errorf("lines that begin with a capital: %s\n%s", got, s.log.String())
 	}
 }
 
@@ -223,6 +312,44 @@ func TestCleanupLeavesWhatIsNotItsJobs(t *testing.T) {
 		if s.host.called("DestroyDomain") || s.host.called("DeleteVolume") || s.host.called("UndefineDomain") {
 			t.Errorf("%s: touched: %q", name, s.host.calls)
 		}
+	}
+}
+
+// The job's variables may say by then what they like.
+func TestCleanupRemovesTheMachineThatConfigNamed(t *testing.T) {
+	for name, vars := range map[string]map[string]string{
+		"the runner":     {"CUSTOM_ENV_CI_RUNNER_ID": "8"},
+		"no runner":      {"CUSTOM_ENV_CI_RUNNER_ID": "../.."},
+		"the job":        {"CUSTOM_ENV_CI_JOB_ID": "1002"},
+		"the project":    {"CUSTOM_ENV_CI_PROJECT_ID": "43"},
+		"the image":      {"CUSTOM_ENV_CI_JOB_IMAGE": "other"},
+		"and a response": {"CUSTOM_ENV_CI_RUNNER_ID": "8", "JOB_RESPONSE_FILE": "/nonexistent"},
+	} {
+		vars["LIBVIRT_DRIVER_MACHINE"] = machineName
+		s := newStage(t, vars)
+		s.host.domains[machineName] = mine(t, 1001, "default")
+		s.host.volumes["default/"+machineName+".qcow2"] = 1
+		if err := s.Cleanup(context.Background()); err != nil || len(s.host.domains) != 0 || len(s.host.volumes) != 1 {
+			t.Errorf("%s is forged: %v, left: %v %v", name, err, s.host.domains, s.host.volumes)
+		}
+	}
+}
+
+// Without a config stage that succeeded in this attempt, an earlier one may
+// have made the machine, by the same variables.
+func TestCleanupAfterAConfigThatRefusedTheJob(t *testing.T) {
+	s := newStage(t, map[string]string{"CUSTOM_ENV_CI_JOB_ID": "1002", "CUSTOM_ENV_CI_JOB_IMAGE": "other"})
+	s.host.domains[machineName] = mine(t, 1001, "default")
+	if err := s.Cleanup(context.Background()); err != nil || len(s.host.domains) != 0 {
+		t.Errorf("forged ids: %v, left: %v", err, s.host.domains)
+	}
+	s = newStage(t, map[string]string{"CUSTOM_ENV_CI_CONCURRENT_PROJECT_ID": "0/.."})
+	if err := s.Cleanup(context.Background()); err != nil || len(s.host.calls) != 0 || !strings.Contains(s.log.String(), "nothing to remove") {
+		t.Errorf("variables that make no name: %v after %q, log: %s", err, s.host.calls, s.log.String())
+	}
+	s = newStage(t, map[string]string{"JOB_RESPONSE_FILE": "/nonexistent"})
+	if err := s.Cleanup(context.Background()); err == nil || isBuild(err) || !strings.Contains(err.Error(), "response file") {
+		t.Errorf("no response: %v", err)
 	}
 }
 

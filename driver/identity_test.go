@@ -131,19 +131,20 @@ func TestRunLogsInWithTheJobsOwnKey(t *testing.T) {
 	if err := s.Prepare(context.Background()); err != nil {
 		t.Fatal(err)
 	}
-	m, err := s.plan()
+	job, err := s.identify()
 	if err != nil {
 		t.Fatal(err)
 	}
-	handed, err := s.contact(context.Background(), m)
+	machine := job.Machine()
+	handed, err := s.contact(context.Background(), machine)
 	if err != nil {
 		t.Fatal(err)
 	}
 	seen := s.dialled()
-	if _, err := s.enter(context.Background(), m, handed); err != nil {
+	if _, err := s.enter(context.Background(), machine, handed); err != nil {
 		t.Fatal(err)
 	}
-	own, err := sshexec.ParseKeyPair(handed.Key)
+	own, err := sshexec.ParseKeyPair(handed.Own)
 	if err != nil || seen.Key.PublicKey().Type() != "ssh-ed25519" || string(seen.Key.PublicKey().Marshal()) != string(own.Signer().PublicKey().Marshal()) {
 		t.Errorf("logs in with another key: %v", err)
 	}
@@ -154,11 +155,11 @@ func TestRunLogsInWithTheJobsOwnKey(t *testing.T) {
 	if err := os.Remove(s.contactPath()); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.contact(context.Background(), m); err == nil || !strings.Contains(err.Error(), s.contactPath()+" is gone") {
+	if _, err := s.contact(context.Background(), machine); err == nil || !strings.Contains(err.Error(), s.contactPath()+" is gone") {
 		t.Errorf("without the hand-over: %v", err)
 	}
-	handed.Key = "c2VjcmV0"
-	if _, err := s.enter(context.Background(), m, handed); err == nil || strings.Contains(err.Error(), "c2VjcmV0") {
+	handed.Own = "c2VjcmV0"
+	if _, err := s.enter(context.Background(), machine, handed); err == nil || strings.Contains(err.Error(), "c2VjcmV0") {
 		t.Errorf("a torn key: %v", err)
 	}
 }
@@ -188,11 +189,11 @@ func TestTheAgentsHostKeyIsExpectedAndTheJobsKeyAuthorized(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			handed, err := s.contact(context.Background(), m)
+			handed, err := s.contact(context.Background(), m.name)
 			if err != nil {
 				t.Fatal(err)
 			}
-			own, err := sshexec.ParseKeyPair(handed.Key)
+			own, err := sshexec.ParseKeyPair(handed.Own)
 			if err != nil || !s.host.called("AuthorizeKey gitlab-runner "+own.Public()) {
 				t.Errorf("%v, calls: %q", err, s.host.calls)
 			}

@@ -12,7 +12,9 @@ import (
 // lock keeps everyone else from making or removing a machine: other stages of
 // the same job, which GitLab Runner may start while an earlier one still ends,
 // and gc. It is the kernel's, so a process that dies holds none.
-func (h *Host) lock(ctx context.Context, machine string) (*held, error) {
+//
+// The error says that the caller waited for holder.
+func (h *Host) lock(ctx context.Context, machine, holder string) (*held, error) {
 	for try := 0; ; try++ {
 		lock, err := h.tryLock(machine)
 		if !errors.Is(err, errLocked) {
@@ -20,7 +22,7 @@ func (h *Host) lock(ctx context.Context, machine string) (*held, error) {
 		}
 		pause(ctx, backoff(try))
 		if ctx.Err() != nil {
-			return nil, fmt.Errorf("%w: waited for another stage that works on %s", context.Cause(ctx), machine)
+			return nil, fmt.Errorf("%w: waited for %s", context.Cause(ctx), holder)
 		}
 	}
 }

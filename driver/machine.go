@@ -1,6 +1,7 @@
 package driver
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -41,12 +42,13 @@ func (s *Stage) plan() (machine, error) {
 	if err != nil {
 		return machine{}, err
 	}
-	wanted := job.Image
-	if passed := s.Environment.Passed(passedImage); passed != "" {
-		wanted = passed
-	}
-	image, err := s.Settings.Image(wanted)
-	if err != nil {
+	passed := s.Environment.Passed(passedImage)
+	image, err := s.Settings.Image(cmp.Or(passed, job.Image))
+	switch {
+	case err != nil && passed != "":
+		// The job was granted it a moment ago; the next attempt begins with config.
+		return machine{}, fmt.Errorf("the settings have changed since the job's config stage: %w", err)
+	case err != nil:
 		return machine{}, &gitlab.BuildError{Err: err}
 	}
 	image, err = image.Resize(settings.Size{

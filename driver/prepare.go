@@ -76,7 +76,7 @@ func (s *Stage) introduce(m machine) {
 
 // create makes the machine's disk and starts the machine.
 func (s *Stage) create(ctx context.Context, m machine) error {
-	lock, err := s.lock(ctx, m.name)
+	lock, err := s.lock(ctx, m.name, "another stage that works on "+m.name)
 	if err != nil {
 		return err
 	}
@@ -176,6 +176,18 @@ func withRemedy(err error, pool, volume string) error {
 	return err
 }
 
+// networkRemedy adds to err what an administrator can do about a network, of
+// which libvirt says why.
+func networkRemedy(err, why error, network string) error {
+	switch {
+	case errors.Is(why, hypervisor.ErrInactive):
+		return fmt.Errorf("%w: start the network: virsh net-start %s, and virsh net-autostart %[2]s for the next boot", err, network)
+	case errors.Is(why, hypervisor.ErrNotFound):
+		return fmt.Errorf("%w: see virsh net-list --all, or set network in the driver's settings", err)
+	}
+	return err
+}
+
 // startMachine defines the domain and starts it. identity is the path of the
 // keys that the guest gets, if any.
 func (s *Stage) startMachine(ctx context.Context, m machine, disk disk, identity string) (hypervisor.Capabilities, error) {
@@ -219,6 +231,12 @@ func (s *Stage) startMachine(ctx context.Context, m machine, disk disk, identity
 		return host, err
 	}
 	err = s.Hypervisor.StartDomain(ctx, m.name)
+	if err != nil {
+		// Libvirt's error does not tell a network from what else a domain needs.
+		if _, why := s.Hypervisor.KeepsLeases(ctx, m.image.Network); why != nil {
+			err = networkRemedy(err, why, m.image.Network)
+		}
+	}
 	if err != nil && host.VirtType == "kvm" && strings.Contains(strings.ToLower(err.Error()), "kvm") {
 		// QEMU's own words, which libvirt passes on, put it down to KVM.
 		err = fmt.Errorf("%w%s", err, kvmHint)

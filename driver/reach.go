@@ -116,7 +116,7 @@ func (s *Stage) waitForAddress(ctx context.Context, m machine, look locator) (ne
 func (s *Stage) locate(ctx context.Context, m machine) (locator, error) {
 	keepsLeases, err := s.Hypervisor.KeepsLeases(ctx, m.image.Network)
 	if err != nil {
-		return nil, err
+		return nil, networkRemedy(err, err, m.image.Network)
 	}
 	switch source := m.image.Address; {
 	case source == settings.AddressAgent:
@@ -176,7 +176,7 @@ func (s *Stage) waitForShell(ctx context.Context, m machine, look locator, keepe
 		reached, err := s.tryShell(ctx, keeper, k)
 		switch {
 		case err == nil:
-			reached.Key = k.Own
+			reached.Own = k.Own
 			return reached, nil
 		case ctx.Err() != nil && last == nil:
 			return contact{}, context.Cause(ctx)

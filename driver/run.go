@@ -22,13 +22,16 @@ const (
 	fate = 10 * time.Second
 )
 
-// Run runs one sub-stage's script in the job's machine.
+// Run runs one sub-stage's script in the job's machine. How it gets there was
+// settled in prepare: that the settings have changed since is not the job's
+// fault, nor any reason to end it.
 func (s *Stage) Run(ctx context.Context, script string) error {
-	m, err := s.plan()
+	job, err := s.identify()
 	if err != nil {
 		return err
 	}
-	done, err := s.atWork(m.name)
+	machine := job.Machine()
+	done, err := s.atWork(machine)
 	if err != nil {
 		return err
 	}
@@ -39,28 +42,28 @@ func (s *Stage) Run(ctx context.Context, script string) error {
 	}
 	defer text.Close()
 
-	contact, err := s.contact(ctx, m)
+	contact, err := s.contact(ctx, machine)
 	if err != nil {
 		return err
 	}
-	watched, stop := s.followed(ctx, m.name, func(state hypervisor.State) bool {
+	watched, stop := s.followed(ctx, machine, func(state hypervisor.State) bool {
 		return state.Kind != hypervisor.Running && !state.ByHand
 	})
 	defer stop()
-	shell, err := s.enter(watched, m, contact)
+	shell, err := s.enter(watched, machine, contact)
 	if err != nil {
-		return s.explain(ctx, watched, m, err)
+		return s.explain(ctx, watched, machine, err)
 	}
-	err = s.perform(ctx, watched, m, shell, text)
+	err = s.perform(ctx, watched, shell, contact.Shell, text)
 	if errors.Is(err, sshexec.ErrRefused) && contact.Relay != "" {
 		// Processes that earlier scripts left behind hold as many sessions as the
 		// guest's server allows to one connection.
 		shell.Close()
 		contact.Relay = ""
-		if shell, err = s.enter(watched, m, contact); err != nil {
-			return s.explain(ctx, watched, m, err)
+		if shell, err = s.enter(watched, machine, contact); err != nil {
+			return s.explain(ctx, watched, machine, err)
 		}
-		err = s.perform(ctx, watched, m, shell, text)
+		err = s.perform(ctx, watched, shell, contact.Shell, text)
 	}
 	defer shell.Close()
 	var exit *sshexec.ExitError
@@ -71,23 +74,23 @@ func (s *Stage) Run(ctx context.Context, script string) error {
 		}
 		return &gitlab.BuildError{Err: exit, ExitCode: exit.Code}
 	case err != nil:
-		return s.explain(ctx, watched, m, err)
+		return s.explain(ctx, watched, machine, err)
 	}
 	return nil
 }
 
 // perform runs the script. It is cut short when the guest is known to be lost.
-func (s *Stage) perform(ctx, watched context.Context, m machine, shell Shell, script io.ReadSeeker) error {
+func (s *Stage) perform(ctx, watched context.Context, guest Shell, shell string, script io.ReadSeeker) error {
 	if _, err := script.Seek(0, io.SeekStart); err != nil {
 		return fmt.Errorf("read the script: %w", err)
 	}
 	defer context.AfterFunc(watched, func() {
 		if ctx.Err() == nil {
-			shell.Abort(context.Cause(watched))
+			guest.Abort(context.Cause(watched))
 		}
 	})()
-	return shell.Run(ctx, sshexec.Command{
-		Shell:  string(m.image.Shell),
+	return guest.Run(ctx, sshexec.Command{
+		Shell:  shell,
 		Script: script,
 		Stdout: s.Stdout,
 		Stderr: s.Stderr,
@@ -99,16 +102,16 @@ func (s *Stage) perform(ctx, watched context.Context, m machine, shell Shell, sc
 
 // enter opens a connection to the guest that prepare was in: by way of the
 // machine's keeper where there is one.
-func (s *Stage) enter(ctx context.Context, m machine, contact contact) (Shell, error) {
+func (s *Stage) enter(ctx context.Context, machine string, contact contact) (Shell, error) {
 	if contact.Relay != "" {
-		if shell, err := s.enterRelay(ctx, m.name, contact); err == nil {
+		if shell, err := s.enterRelay(ctx, machine, contact); err == nil {
 			return shell, nil
 		}
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, reconnect, fmt.Errorf("no session after %v", reconnect))
 	defer cancel()
 	target, err := knock{
-		Address: contact.Address, User: m.image.User, Key: m.image.Key, Own: contact.Key, HostKey: contact.HostKey,
+		Address: contact.Address, User: contact.User, Key: contact.Key, Own: contact.Own, HostKey: contact.HostKey,
 	}.target()
 	if err != nil {
 		return nil, err
@@ -139,7 +142,7 @@ func (s *Stage) alive(ctx context.Context, shell Shell) bool {
 
 // explain says why a sub-stage was cut short: it was told to stop, or the guest
 // is lost, or else the connection alone.
-func (s *Stage) explain(ctx, watched context.Context, m machine, err error) error {
+func (s *Stage) explain(ctx, watched context.Context, machine string, err error) error {
 	if ctx.Err() != nil {
 		return err
 	}
@@ -150,12 +153,12 @@ func (s *Stage) explain(ctx, watched context.Context, m machine, err error) erro
 	}
 	var lost *guestLost
 	if errors.As(context.Cause(watched), &lost) {
-		s.showConsole(m.name)
+		s.showConsole(machine)
 		return lost
 	}
 	asking, cancel := context.WithTimeout(ctx, time.Second)
 	defer cancel()
-	if _, unknown := s.Hypervisor.State(asking, m.name); unknown != nil {
+	if _, unknown := s.Hypervisor.State(asking, machine); unknown != nil {
 		return fmt.Errorf("the connection to the guest failed, and libvirtd does not say whether it still runs: %w", err)
 	}
 	return fmt.Errorf("the guest still runs, but the connection to it failed: %w", err)

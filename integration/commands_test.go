@@ -26,7 +26,7 @@ func call(t *testing.T, args ...string) (exit int, stdout, stderr string) {
 
 func TestCallsThatMakeNoSenseExitWith64AndSayWhere(t *testing.T) {
 	t.Parallel()
-	for _, args := range []string{"", "prepare", "config", "cleanup", "run script step", "run", "no-such-command", "--no-such-flag", "prepare --no-such-flag"} {
+	for _, args := range []string{"", "prepare", "config", "cleanup", "run script step", "run", "no-such-command", "--no-such-flag", "prepare --no-such-flag", "list extra", "gc extra"} {
 		t.Run(args, func(t *testing.T) {
 			exit, stdout, stderr := call(t, strings.Fields(args)...)
 			switch {
@@ -35,7 +35,8 @@ func TestCallsThatMakeNoSenseExitWith64AndSayWhere(t *testing.T) {
 				if exit != 0 || !strings.Contains(stdout, "COMMANDS:") {
 					t.Errorf("exit code %d, %q, %q", exit, stdout, stderr)
 				}
-			case exit != 64 || stdout != "" || !strings.HasPrefix(stderr, "libvirt-driver: ") || !strings.Contains(stderr, "see libvirt-driver --help"):
+			case exit != 64 || stdout != "" || !strings.HasPrefix(stderr, "libvirt-driver: ") || !strings.Contains(stderr, "see libvirt-driver --help") ||
+				strings.Count(stderr, "--help") != 1:
 				t.Errorf("exit code %d, %q, %q", exit, stdout, stderr)
 			}
 		})
@@ -55,6 +56,14 @@ func TestEveryCommandHasHelpThatFitsATerminal(t *testing.T) {
 		}
 		if command != "version" && (!strings.Contains(help, "Exits with") || !strings.Contains(help, "Reads the settings")) {
 			t.Errorf("%s --help does not say what it reads and exits with:\n%s", command, help)
+		}
+		for _, setting := range map[string][]string{
+			"prepare": {"reserve_memory", "reserve_disk", "turn"},
+			"cleanup": {"pools and networks", "timeouts.destroy"},
+		}[command] {
+			if !strings.Contains(help, setting) {
+				t.Errorf("%s --help does not name %s:\n%s", command, setting, help)
+			}
 		}
 		for line := range strings.Lines(all + help) {
 			if columns := len(strings.TrimSuffix(line, "\n")); columns > 100 {

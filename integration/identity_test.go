@@ -92,18 +92,36 @@ func TestAJobThatChangesItsNameAfterConfigIsRefused(t *testing.T) {
 	t.Parallel()
 	cfg := newSettings(t, tiny("")).runner(t)
 	cfg.BuildFailure = 41
-	ex := start(t, cfg, newJob(runner.Job{}))
-	for _, stage := range []string{"prepare", "cleanup"} {
-		argv := cfg.Commands.Prepare
-		if stage == "cleanup" {
-			argv = cfg.Commands.Cleanup
-		}
+	job := newJob(runner.Job{})
+	ex := start(t, cfg, job)
+	forged := func(argv []string) (exit int, text string) {
 		cmd := exec.Command(argv[0], argv[1:]...)
 		cmd.Env = append(ex.Env(), "CUSTOM_ENV_CI_RUNNER_ID=8")
 		out, err := cmd.CombinedOutput()
-		if cmd.ProcessState.ExitCode() != 41 || !strings.Contains(string(out), "says now that it is runner-8-project-42") {
-			t.Errorf("%s: %v\n%s", stage, err, out)
+		if err != nil && cmd.ProcessState == nil {
+			t.Fatal(err)
 		}
+		return cmd.ProcessState.ExitCode(), string(out)
+	}
+	if exit, text := forged(cfg.Commands.Prepare); exit != 41 || !strings.Contains(text, "says now that it is runner-8-project-42") {
+		t.Errorf("prepare exits with %d:\n%s", exit, text)
+	}
+	// Cleanup refuses nothing: the machine that config named is to go.
+	want(t, ex, ex.Prepare(t.Context()), 0)
+	if exit, text := forged(cfg.Commands.Cleanup); exit != 0 || text != "" {
+		t.Errorf("cleanup exits with %d:\n%s", exit, text)
+	}
+	wantGone(t, machineOf(job))
+}
+
+// The administrator edits the settings while a job runs: it goes on with what it was given.
+func TestAJobOutlivesAChangeOfTheSettings(t *testing.T) {
+	t.Parallel()
+	s := newSettings(t, tiny(""))
+	ex := prepared(t, s.runner(t), newJob(runner.Job{Image: "tiny"}))
+	s.write(t, "[images.other]\nvolume = \"other.qcow2\"\n")
+	if got := output(t, ex, "echo the guest is there"); got != "the guest is there\n" {
+		t.Errorf("a script writes %q", got)
 	}
 }
 

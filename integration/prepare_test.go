@@ -62,7 +62,7 @@ func TestPrepareGetsOneStepFurtherWithEveryRepair(t *testing.T) {
 		{"Read-only file system", func() { command(t, "mount", "-o", "remount,rw", dir) }},
 		{"no-such-machine", func() { set("machine", "") }},
 		{"no-such-network", func() { set("network", net.name) }},
-		{"network '" + net.name + "' is not active", func() { virsh(t, "net-start", net.name) }},
+		{"start the network: virsh net-start " + net.name, func() { virsh(t, "net-start", net.name) }},
 		{"no-such-kernel", func() { set("kernel", filepath.Join(images, "tiny-vmlinuz")) }},
 		// The guest runs a shell on its console, and nothing else.
 		{"none after 3s (timeouts.address)", func() { set("cmdline", "console=ttyS0 quiet no_timer_check", address, "300s") }},

@@ -59,13 +59,13 @@ func (e *Environment) Job() (Job, error) {
 	if err != nil {
 		return Job{}, err
 	}
-	job := Job{ID: *doc.ID, Project: *doc.JobInfo.ProjectID, URL: e.JobVariable("CI_JOB_URL")}
+	job, err := e.identity(doc)
+	if err != nil {
+		return Job{}, err
+	}
+	job.URL = e.JobVariable("CI_JOB_URL")
 	for _, service := range doc.Services {
 		job.Services = append(job.Services, service.Name)
-	}
-	if job.ID < 0 || job.Project < 0 {
-		return Job{}, fmt.Errorf("job response file %s: id %d, project %d: not positive numbers",
-			e.JobResponseFile, job.ID, job.Project)
 	}
 	for _, claim := range []struct {
 		variable string
@@ -78,13 +78,34 @@ func (e *Environment) Job() (Job, error) {
 				claim.variable, clip(said), claim.truth, claim.variable)}
 		}
 	}
+	if job.Image, err = e.image(doc.Image.Name); err != nil {
+		return Job{}, err
+	}
+	return job, nil
+}
+
+// Identity reads what the job's machine is named by, ID, Project, Runner and
+// Concurrent, whatever else the job's variables claim. The error is a
+// BuildError when they make no name.
+func (e *Environment) Identity() (Job, error) {
+	doc, err := e.response()
+	if err != nil {
+		return Job{}, err
+	}
+	return e.identity(doc)
+}
+
+func (e *Environment) identity(doc response) (Job, error) {
+	job := Job{ID: *doc.ID, Project: *doc.JobInfo.ProjectID}
+	if job.ID < 0 || job.Project < 0 {
+		return Job{}, fmt.Errorf("job response file %s: id %d, project %d: not positive numbers",
+			e.JobResponseFile, job.ID, job.Project)
+	}
+	var err error
 	if job.Runner, err = e.number("CI_RUNNER_ID"); err != nil {
 		return Job{}, err
 	}
 	if job.Concurrent, err = e.number("CI_CONCURRENT_PROJECT_ID"); err != nil {
-		return Job{}, err
-	}
-	if job.Image, err = e.image(doc.Image.Name); err != nil {
 		return Job{}, err
 	}
 	return job, nil

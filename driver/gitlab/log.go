@@ -10,7 +10,7 @@ import (
 // Log writes the driver's own lines for the job log. Its rules: everything
 // goes to one stream, since the runner does not keep the order between two;
 // one line for one step, with what it took; a line that needs attention is in
-// colour; no line begins with a capital unless with a name.
+// colour; only titles, a section's too, begin with a capital.
 type Log struct {
 	w     io.Writer
 	plain bool
