@@ -69,6 +69,8 @@ type Connection struct {
 	uri, socket string
 	grace       time.Duration
 
+	dialling chan struct{} // holds a token while a call makes the session
+
 	mu      sync.Mutex
 	current *session
 	told    bool // that libvirtd is away
@@ -77,7 +79,7 @@ type Connection struct {
 // session is one connection of Connection's life.
 type session struct {
 	rpc  *libvirt.Libvirt
-	conn net.Conn
+	conn *framedConn
 }
 
 // New returns a Connection to the hypervisor of uri, such as
@@ -85,7 +87,7 @@ type session struct {
 // the first of Sockets that exists or, for "qemu:///session", of the user's own.
 // Nothing is dialled yet.
 func New(uri, path string) *Connection {
-	return &Connection{uri: uri, socket: path, grace: Grace}
+	return &Connection{uri: uri, socket: path, grace: Grace, dialling: make(chan struct{}, 1)}
 }
 
 // Close closes the connection, at once: libvirtd needs no farewell.
@@ -153,6 +155,9 @@ func (c *Connection) once(ctx context.Context, call func(*libvirt.Libvirt) error
 	switch {
 	case err == nil || !lost(err):
 		return err
+	case s.conn.nonsense() != nil:
+		c.forget(s)
+		return s.conn.nonsense()
 	case ctx.Err() != nil:
 		c.forget(s)
 		return fmt.Errorf("libvirtd did not answer: %w", context.Cause(ctx))
@@ -162,12 +167,20 @@ func (c *Connection) once(ctx context.Context, call func(*libvirt.Libvirt) error
 	}
 }
 
-// session returns the current session, or dials one.
+// session returns the current session, or dials one. The mutex is not held
+// meanwhile: nobody waits for longer than their own context.
 func (c *Connection) session(ctx context.Context) (*session, error) {
+	select {
+	case c.dialling <- struct{}{}:
+		defer func() { <-c.dialling }()
+	case <-ctx.Done():
+		return nil, fmt.Errorf("connect to libvirtd: %w", context.Cause(ctx))
+	}
 	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.current != nil {
-		return c.current, nil
+	current := c.current
+	c.mu.Unlock()
+	if current != nil {
+		return current, nil
 	}
 	path, err := c.path()
 	if err != nil {
@@ -184,10 +197,13 @@ func (c *Connection) session(ctx context.Context) (*session, error) {
 	}
 	stop := context.AfterFunc(ctx, func() { conn.Close() })
 	defer stop()
-	rpc := libvirt.NewWithDialer(dialers.NewAlreadyConnected(&framedConn{Conn: conn}))
+	framed := &framedConn{Conn: conn}
+	rpc := libvirt.NewWithDialer(dialers.NewAlreadyConnected(framed))
 	if err := rpc.ConnectToURI(libvirt.ConnectURI(c.uri)); err != nil {
 		conn.Close()
 		switch {
+		case framed.nonsense() != nil:
+			return nil, fmt.Errorf("open %s through %s: %w", c.uri, path, framed.nonsense())
 		case ctx.Err() != nil:
 			return nil, fmt.Errorf("libvirtd at %s did not answer: %w", path, context.Cause(ctx))
 		case lost(err):
@@ -195,7 +211,9 @@ func (c *Connection) session(ctx context.Context) (*session, error) {
 		}
 		return nil, fmt.Errorf("open %s through %s: %w", c.uri, path, err)
 	}
-	c.current, c.told = &session{rpc: rpc, conn: conn}, false
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.current, c.told = &session{rpc: rpc, conn: framed}, false
 	return c.current, nil
 }
 
