@@ -99,7 +99,7 @@ func onHost(do func(*cli.Context, *driver.Host) error) cli.ActionFunc {
 
 // failed reports why an administrator's command did not do what it should.
 func failed(c *cli.Context, err error) error {
-	fmt.Fprintf(os.Stderr, "libvirt-driver: %s: %v\n", c.Command.Name, err)
+	fmt.Fprintf(os.Stderr, "libvirt-driver: %s: %s\n", c.Command.Name, gitlab.Harmless(err.Error()))
 	return cli.Exit("", 1)
 }
 

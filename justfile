@@ -12,6 +12,10 @@ demo:
 test *args:
     integration/test.sh {{args}}
 
+# Run every fuzz target for a while: just fuzz 10s, just fuzz 10m Replies.
+fuzz *args:
+    integration/fuzz.sh {{args}}
+
 # Compare the driver with the documentation page's scripts, side by side.
 bench *args:
     integration/bench.sh {{args}}

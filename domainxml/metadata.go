@@ -2,6 +2,7 @@ package domainxml
 
 import (
 	"encoding/xml"
+	"errors"
 	"fmt"
 	"time"
 )
@@ -70,6 +71,10 @@ func ParseMetadata(text string) (Metadata, error) {
 	var e element
 	if err := xml.Unmarshal([]byte(text), &e); err != nil {
 		return Metadata{}, fmt.Errorf("read metadata: %w", err)
+	}
+	// A zone can lead out of the years that a date can be written in.
+	if e.Created = e.Created.UTC(); e.Created.Year() < 0 || e.Created.Year() > 9999 {
+		return Metadata{}, errors.New("read metadata: the machine was made in no year that can be")
 	}
 	return e.Metadata, nil
 }

@@ -6,8 +6,9 @@ import (
 	"io"
 	"io/fs"
 	"os"
-	"regexp"
 	"strings"
+
+	"libvirt-driver/driver/gitlab"
 )
 
 const (
@@ -47,30 +48,12 @@ func tail(path string) ([]string, error) {
 	return lines[max(0, len(lines)-consoleLines):], nil
 }
 
-// escapes are the control sequences of terminals: CSI, OSC and the like, and
-// single characters after ESC.
-var escapes = regexp.MustCompile(`\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])`)
-
-// printable returns the lines of a console with everything removed that a
-// terminal or GitLab's log could take for more than text: a guest writes what
-// it likes.
+// printable returns the lines of a console that have text, without what is not:
+// a guest writes what it likes.
 func printable(text string) []string {
-	text = escapes.ReplaceAllString(strings.ToValidUTF8(text, "?"), "")
 	var lines []string
-	for line := range strings.SplitSeq(text, "\n") {
-		line = strings.TrimRight(line, "\r \t")
-		// What a carriage return would have overwritten is gone on a terminal too.
-		line = line[strings.LastIndexByte(line, '\r')+1:]
-		line = strings.Map(func(r rune) rune {
-			if r == '\t' {
-				return ' '
-			}
-			if r < ' ' || r >= 0x7f && r < 0xa0 || r == 0x2028 || r == 0x2029 || r >= 0x202a && r <= 0x202e || r >= 0x2066 && r <= 0x2069 {
-				return -1
-			}
-			return r
-		}, line)
-		if line != "" {
+	for line := range strings.SplitSeq(gitlab.Harmless(text), "\n") {
+		if line = strings.TrimRight(line, " "); line != "" {
 			lines = append(lines, line)
 		}
 	}

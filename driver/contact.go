@@ -32,9 +32,16 @@ type contact struct {
 	Shell string `json:"shell"`
 }
 
-// complete reports whether nothing is missing.
-func (c contact) complete() bool {
-	return c.Address != "" && c.HostKey != "" && c.User != "" && c.Key+c.Own != "" && c.Shell != ""
+// parseContact reads what handOver wrote.
+func parseContact(doc []byte) (contact, error) {
+	var c contact
+	if err := json.Unmarshal(doc, &c); err != nil {
+		return contact{}, err
+	}
+	if c.Address == "" || c.HostKey == "" || c.User == "" || c.Key+c.Own == "" || c.Shell == "" {
+		return contact{}, errors.New("not complete: was the machine prepared by another version of the driver?")
+	}
+	return c, nil
 }
 
 // of returns c for a guest of image.
@@ -86,12 +93,9 @@ func (s *Stage) handOver(ctx context.Context, m machine, c contact) error {
 func (s *Stage) contact(ctx context.Context, machine string) (contact, error) {
 	doc, err := os.ReadFile(s.contactPath())
 	if err == nil {
-		var c contact
-		if err := json.Unmarshal(doc, &c); err != nil {
+		c, err := parseContact(doc)
+		if err != nil {
 			return c, fmt.Errorf("%s: %w", s.contactPath(), err)
-		}
-		if !c.complete() {
-			return c, fmt.Errorf("%s is not complete: was the machine prepared by another version of the driver?", s.contactPath())
 		}
 		return c, nil
 	}

@@ -23,7 +23,7 @@ import (
 	"libvirt-driver/sshexec"
 )
 
-func testKey(t *testing.T) string {
+func testKey(t testing.TB) string {
 	t.Helper()
 	_, private, err := ed25519.GenerateKey(nil)
 	if err != nil {
@@ -373,20 +373,6 @@ func TestGuestTextInTheLogIsText(t *testing.T) {
 	if strings.Join(got, "|") != strings.Join(want, "|") {
 		t.Errorf("got %q, want %q", got, want)
 	}
-}
-
-func FuzzPrintable(f *testing.F) {
-	f.Add("\x1b[31mred\x1b[0m\r\nsection_end:1:x\r\x1b[0K")
-	f.Add("\x1b\x1b[[0K\x1b]\x1b]")
-	f.Fuzz(func(t *testing.T, text string) {
-		for _, line := range printable(text) {
-			for _, r := range line {
-				if r < ' ' || r >= 0x7f && r < 0xa0 {
-					t.Fatalf("control character %q in %q of %q", r, line, text)
-				}
-			}
-		}
-	})
 }
 
 func TestStagesOfOneMachineWaitForEachOther(t *testing.T) {

@@ -239,9 +239,15 @@ type stage struct {
 
 const machineName = "runner-7-project-42-concurrent-0-job-1001"
 
-func newStage(t *testing.T, vars map[string]string) *stage {
+func newStage(t testing.TB, vars map[string]string) *stage {
 	t.Helper()
-	s := &stage{host: newHost(), dir: t.TempDir()}
+	return newStageIn(t, t.TempDir(), testKey(t), vars)
+}
+
+// newStageIn makes a stage whose files are in dir.
+func newStageIn(t testing.TB, dir, key string, vars map[string]string) *stage {
+	t.Helper()
+	s := &stage{host: newHost(), dir: dir}
 	response := filepath.Join(s.dir, "response.json")
 	if err := os.WriteFile(response, []byte(`{"id": 1001, "job_info": {"project_id": 42}}`), 0o600); err != nil {
 		t.Fatal(err)
@@ -258,7 +264,7 @@ func newStage(t *testing.T, vars map[string]string) *stage {
 	configured := settings.Default()
 	configured.LogDir = s.dir
 	image := configured.Images["default"]
-	image.Key = testKey(t)
+	image.Key = key
 	configured.Images["default"] = image
 	s.Stage = &Stage{
 		Host:        Host{Settings: configured, Hypervisor: s.host, LockDir: s.dir, Log: gitlab.NewLog(&s.log, true)},

@@ -171,14 +171,3 @@ func TestListJoinsDomainsAndVolumes(t *testing.T) {
 		t.Errorf("lone volume %+v", m)
 	}
 }
-
-func FuzzMachineName(f *testing.F) {
-	f.Add("runner-1-project-2-concurrent-3-job-4")
-	f.Add("runner-01-project-2-concurrent-3-job-4")
-	f.Add("runner-1-project-2-concurrent-3-job-99999999999999999999")
-	f.Fuzz(func(t *testing.T, name string) {
-		if job, ok := parseMachine(name); ok && job.Machine() != name {
-			t.Fatalf("%q is taken for %q", name, job.Machine())
-		}
-	})
-}

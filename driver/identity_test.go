@@ -86,7 +86,7 @@ func TestInjectedKeysAreTheGuestsAloneAndWipedWhenItRuns(t *testing.T) {
 	if err := json.Unmarshal(doc, &c); err != nil {
 		t.Fatal(err)
 	}
-	if client, err = sshexec.ParseKeyPair(c.Key); err != nil || client.Public() != authorized {
+	if client, err = sshexec.ParseKeyPair(c.Own); err != nil || client.Public() != authorized {
 		t.Errorf("run logs in with %v (%v), the guest admits %q", client, err, authorized)
 	}
 	if info, err := os.Stat(s.contactPath()); err != nil || info.Mode().Perm() != 0o600 {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 	"sync"
 	"time"
 
@@ -17,8 +18,9 @@ type ExitError struct {
 	// that ended the command, 128 for a signal without a common number. Guests
 	// with Windows have statuses up to 1<<32-1.
 	Code int
-	// Signal is the name of that signal without "SIG", such as "KILL", and
-	// empty when the command ended by itself.
+	// Signal is the name of that signal without "SIG", such as "KILL", at most
+	// 64 printable characters of ASCII, and empty when the command ended by
+	// itself.
 	Signal string
 }
 
@@ -151,9 +153,19 @@ func parseExit(r *ssh.Request) (*ExitError, bool) {
 		if ssh.Unmarshal(r.Payload, &m) != nil {
 			return nil, false
 		}
-		return &ExitError{Code: 128 + signalNumbers[m.Signal], Signal: m.Signal}, true
+		return &ExitError{Code: 128 + signalNumbers[m.Signal], Signal: signalName(m.Signal)}, true
 	}
 	return nil, false
+}
+
+// signalName returns a signal's name as a server says it, or "unknown" for what
+// is no name: RFC 4254, section 6.10 has names of its own as NAME@DOMAIN.
+func signalName(text string) string {
+	const longest = 64
+	if text == "" || len(text) > longest || strings.ContainsFunc(text, func(r rune) bool { return r <= ' ' || r > '~' }) {
+		return "unknown"
+	}
+	return text
 }
 
 // signal asks the server to send a signal, such as "TERM", to the command.

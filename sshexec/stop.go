@@ -7,6 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strconv"
+	"strings"
 	"time"
 )
 
@@ -84,8 +86,9 @@ func (c *Client) stopTree(ctx context.Context, s *session, marker string) error 
 		fmt.Fprintln(helper.ch, word)
 		answered := false
 		for !answered && answers.Scan() { // past what the login shell may print
-			_, err := fmt.Sscanf(answers.Text(), "alive %d", &n)
-			answered = err == nil
+			if alive, ok := parseAlive(answers.Text()); ok {
+				n, answered = alive, true
+			}
 		}
 		empty++
 		switch {
@@ -108,6 +111,16 @@ func (c *Client) stopTree(ctx context.Context, s *session, marker string) error 
 		case <-ctx.Done(): // then there is no answer either
 		}
 	}
+}
+
+// parseAlive reads an answer of the stop script: how many processes there are.
+func parseAlive(line string) (n int, ok bool) {
+	text, ok := strings.CutPrefix(line, "alive ")
+	n, err := strconv.Atoi(text)
+	if !ok || err != nil || n < 0 {
+		return 0, false
+	}
+	return n, true
 }
 
 // stopBySignal ends the process group of the command in s, if the server is so

@@ -219,27 +219,3 @@ func TestLogLines(t *testing.T) {
 		t.Errorf("no section markers in %q", s)
 	}
 }
-
-func FuzzJob(f *testing.F) {
-	f.Add(honest().response, "1001", "3", "debian")
-	f.Add(`{"id": 1, "job_info": {"project_id": 2}, "image": {"name": "$X"}}`, "1", "", "../x")
-	f.Fuzz(func(t *testing.T, response, id, concurrent, image string) {
-		c := honest()
-		c.response = response
-		c.vars["CUSTOM_ENV_CI_JOB_ID"] = id
-		c.vars["CUSTOM_ENV_CI_CONCURRENT_PROJECT_ID"] = concurrent
-		c.vars["CUSTOM_ENV_CI_JOB_IMAGE"] = image
-		job, err := c.environment(t).Job()
-		if err != nil {
-			return
-		}
-		for _, r := range job.Machine() {
-			if !strings.ContainsRune("abcdefghijklmnopqrstuvwxyz0123456789-", r) {
-				t.Fatalf("machine name %q", job.Machine())
-			}
-		}
-		if id != "" && id != fmt.Sprint(job.ID) {
-			t.Fatalf("job %d although its variables say %q", job.ID, id)
-		}
-	})
-}

@@ -3,6 +3,7 @@ package gitlab
 import (
 	"encoding/json"
 	"fmt"
+	"net/url"
 	"os"
 	"strconv"
 	"strings"
@@ -22,7 +23,8 @@ type Job struct {
 	Image string
 	// Services names the images of the services that the job asks for.
 	Services []string
-	// URL leads to the job's page, for people. It proves nothing.
+	// URL leads to the job's page, for people. It proves nothing. It is empty,
+	// or printable ASCII that begins with http:// or https://.
 	URL string
 }
 
@@ -31,6 +33,17 @@ type Job struct {
 // hyphens alone.
 func (j Job) Machine() string {
 	return fmt.Sprintf("runner-%d-project-%d-concurrent-%d-job-%d", j.Runner, j.Project, j.Concurrent, j.ID)
+}
+
+// page returns a page's URL, or nothing when text is not one. A job chooses it.
+func page(text string) string {
+	const longest = 2000
+	u, err := url.Parse(text)
+	if err != nil || u.Scheme != "http" && u.Scheme != "https" || len(text) > longest ||
+		strings.ContainsFunc(text, func(r rune) bool { return r <= ' ' || r > '~' }) {
+		return ""
+	}
+	return text
 }
 
 // response is what the driver reads of a job response.
@@ -63,7 +76,7 @@ func (e *Environment) Job() (Job, error) {
 	if err != nil {
 		return Job{}, err
 	}
-	job.URL = e.JobVariable("CI_JOB_URL")
+	job.URL = page(e.JobVariable("CI_JOB_URL"))
 	for _, service := range doc.Services {
 		job.Services = append(job.Services, service.Name)
 	}

@@ -46,10 +46,10 @@ func (c *Connection) Leases(ctx context.Context, network, mac string) ([]Lease, 
 func leases(reply []libvirt.NetworkDhcpLease, now time.Time) []Lease {
 	var found []Lease
 	for _, l := range reply {
-		address, err := netip.ParseAddr(l.Ipaddr)
+		address, ok := usable(l.Ipaddr)
 		expiry := time.Unix(l.Expirytime, 0)
 		// An expiry of 0 is a lease without end.
-		if err != nil || l.Expirytime != 0 && !expiry.After(now) {
+		if !ok || l.Expirytime != 0 && !expiry.After(now) {
 			continue
 		}
 		found = append(found, Lease{address, expiry})
@@ -64,6 +64,16 @@ func leases(reply []libvirt.NetworkDhcpLease, now time.Time) []Lease {
 		return cmp.Compare(b.Expiry.Unix(), a.Expiry.Unix())
 	})
 	return found
+}
+
+// usable returns the address that text is, and whether a guest can be reached
+// at it from here. A guest has its say in it, and must not lead to the host
+// itself: 0.0.0.0 would.
+func usable(text string) (address netip.Addr, ok bool) {
+	address, err := netip.ParseAddr(text)
+	address = address.Unmap()
+	return address, err == nil && address.Zone() == "" && !address.IsUnspecified() && !address.IsLoopback() &&
+		!address.IsLinkLocalUnicast() && !address.IsMulticast()
 }
 
 // AddressSource is who is asked for a guest's addresses.
@@ -103,20 +113,23 @@ func (c *Connection) Addresses(ctx context.Context, domain, mac string, source A
 	if err != nil {
 		return nil, wrap(err, "read addresses of domain %s", domain)
 	}
+	return addresses(reply, mac), nil
+}
+
+func addresses(reply []libvirt.DomainInterface, mac string) []netip.Addr {
 	var found []netip.Addr
 	for _, nic := range reply {
 		if len(nic.Hwaddr) == 0 || nic.Hwaddr[0] != mac {
 			continue
 		}
 		for _, a := range nic.Addrs {
-			address, err := netip.ParseAddr(a.Addr)
-			if err == nil && !address.IsLoopback() && !address.IsLinkLocalUnicast() {
+			if address, ok := usable(a.Addr); ok {
 				found = append(found, address)
 			}
 		}
 	}
 	slices.SortStableFunc(found, func(a, b netip.Addr) int { return cmp.Compare(a.BitLen(), b.BitLen()) })
-	return found, nil
+	return found
 }
 
 // neighbours returns the addresses of a MAC address in an ARP table.
@@ -134,7 +147,7 @@ func neighbours(table, mac string) []netip.Addr {
 		if err != nil || flags&complete == 0 {
 			continue
 		}
-		if address, err := netip.ParseAddr(fields[0]); err == nil {
+		if address, ok := usable(fields[0]); ok {
 			found = append(found, address)
 		}
 	}
@@ -166,9 +179,14 @@ func (c *Connection) KeepsLeases(ctx context.Context, network string) (bool, err
 	if err != nil {
 		return false, wrap(err, "network %s", network)
 	}
+	keeps, err := keepsLeases(text)
+	return keeps, wrap(err, "read XML of network %s", network)
+}
+
+func keepsLeases(text string) (bool, error) {
 	var doc libvirtxml.Network
 	if err := doc.Unmarshal(text); err != nil {
-		return false, wrap(err, "read XML of network %s", network)
+		return false, err
 	}
 	for _, ip := range doc.IPs {
 		if ip.DHCP != nil && len(ip.DHCP.Ranges)+len(ip.DHCP.Hosts) > 0 {

@@ -2,6 +2,7 @@ package hypervisor
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 
@@ -59,24 +60,29 @@ func (c *Connection) Capabilities(ctx context.Context, virtType, machine string)
 	if err != nil {
 		return caps, wrap(err, "read the host's capabilities for %s guests of type %s, machine %q", caps.Arch, caps.VirtType, caps.MachineType)
 	}
+	return caps.complete(text)
+}
+
+// complete adds what the document of domain capabilities says.
+func (c Capabilities) complete(text string) (Capabilities, error) {
 	var doc libvirtxml.DomainCaps
 	if err := doc.Unmarshal(text); err != nil {
-		return caps, fmt.Errorf("read the host's domain capabilities: %w", err)
+		return c, fmt.Errorf("read the host's domain capabilities: %w", err)
 	}
-	if caps.MachineType == "" {
-		caps.MachineType = doc.Machine
+	if c.MachineType == "" {
+		c.MachineType = doc.Machine
 	}
 	if doc.CPU != nil {
 		for _, mode := range doc.CPU.Modes {
 			switch mode.Name {
 			case "host-passthrough":
-				caps.HostPassthrough = mode.Supported == "yes"
+				c.HostPassthrough = mode.Supported == "yes"
 			case "maximum":
-				caps.MaximumCPU = mode.Supported == "yes"
+				c.MaximumCPU = mode.Supported == "yes"
 			}
 		}
 	}
-	return caps, nil
+	return c, nil
 }
 
 // choose picks architecture, virtualisation type and machine type from the
@@ -85,6 +91,9 @@ func choose(text, virtType, machine string) (Capabilities, error) {
 	var host libvirtxml.Caps
 	if err := host.Unmarshal(text); err != nil {
 		return Capabilities{}, fmt.Errorf("read the host's capabilities: %w", err)
+	}
+	if host.Host.CPU == nil {
+		return Capabilities{}, errors.New("read the host's capabilities: they name no processor")
 	}
 	caps := Capabilities{VirtType: virtType, Arch: host.Host.CPU.Arch, MachineType: machine}
 	for _, guest := range host.Guests {

@@ -54,6 +54,9 @@ func TestWhatTheHostCannotRunIsNamed(t *testing.T) {
 	if _, err := choose("<capabilities><host><cpu><arch>x86_64</arch></cpu></host></capabilities>", "auto", ""); err == nil || !strings.Contains(err.Error(), "x86_64") {
 		t.Errorf("no emulator: %v", err)
 	}
+	if _, err := choose("<capabilities><host/></capabilities>", "auto", ""); err == nil || !strings.Contains(err.Error(), "no processor") {
+		t.Errorf("no processor: %v", err)
+	}
 	if _, err := choose("<capabilities", "auto", ""); err == nil {
 		t.Error("a torn document is taken for an answer")
 	}

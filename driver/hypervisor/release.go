@@ -82,16 +82,24 @@ func (c *Connection) held(ctx context.Context, network, mac string) (held []libv
 			held = append(held, lease)
 		}
 	}
+	if servers, err = serversOf(text); err != nil {
+		return nil, nil, err
+	}
+	return held, servers, nil
+}
+
+// serversOf returns a network's own addresses from its XML.
+func serversOf(text string) (servers []netip.Prefix, err error) {
 	var doc libvirtxml.Network
 	if err := doc.Unmarshal(text); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	for _, ip := range doc.IPs {
 		if server, err := prefix(ip); err == nil {
 			servers = append(servers, server)
 		}
 	}
-	return held, servers, nil
+	return servers, nil
 }
 
 // prefix returns a network's own address with the length of its prefix, which
@@ -105,7 +113,11 @@ func prefix(ip libvirtxml.NetworkIP) (netip.Prefix, error) {
 	if mask, err := netip.ParseAddr(ip.Netmask); err == nil && mask.Is4() {
 		bits, _ = net.IPMask(mask.AsSlice()).Size()
 	}
-	return netip.PrefixFrom(address, bits), nil
+	server := netip.PrefixFrom(address, bits)
+	if !server.IsValid() || bits == 0 {
+		return netip.Prefix{}, fmt.Errorf("address %s has no network: netmask %q, prefix %d", ip.Address, ip.Netmask, ip.Prefix)
+	}
+	return server, nil
 }
 
 // release sends a DHCPRELEASE for a lease to the server whose network it is in.
@@ -139,6 +151,9 @@ func releaseMessage(lease libvirt.NetworkDhcpLease, address, server netip.Addr) 
 		var err error
 		if mac, err = net.ParseMAC(lease.Mac[0]); err != nil {
 			return nil, err
+		}
+		if len(mac) != 6 {
+			return nil, fmt.Errorf("%s is no MAC address of Ethernet", lease.Mac[0])
 		}
 	}
 	modifiers := []dhcpv4.Modifier{

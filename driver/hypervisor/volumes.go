@@ -92,6 +92,9 @@ func (c *Connection) Volumes(ctx context.Context, pool string) ([]Volume, error)
 	return volumes, wrap(err, "list volumes of pool %s", pool)
 }
 
+// lastDate is when the year 9999 ends, in seconds since 1970.
+const lastDate = 253402300800
+
 func parseVolume(pool, text string) (Volume, error) {
 	var doc libvirtxml.StorageVolume
 	if err := doc.Unmarshal(text); err != nil {
@@ -107,8 +110,10 @@ func parseVolume(pool, text string) (Volume, error) {
 	if target := doc.Target; target != nil {
 		v.Path = target.Path
 		if target.Timestamps != nil {
-			// Seconds with a fraction, since 1970.
-			if seconds, err := strconv.ParseFloat(target.Timestamps.Mtime, 64); err == nil {
+			// Seconds with a fraction, since 1970. A file may claim any time; one that
+			// is no date is as good as none.
+			seconds, err := strconv.ParseFloat(target.Timestamps.Mtime, 64)
+			if err == nil && seconds >= 0 && seconds < lastDate {
 				v.Modified = time.Unix(int64(seconds), 0)
 			}
 		}

@@ -161,3 +161,17 @@ func checkJobFault(t *testing.T, err error, as any) {
 		t.Errorf("error is not one short line: %q", err)
 	}
 }
+
+// A size that is read is written so that it is read as the same.
+func FuzzSize(f *testing.F) {
+	f.Fuzz(func(t *testing.T, text string, size uint64) {
+		for _, n := range []uint64{size, size &^ (1<<20 - 1)} {
+			if again, ok := parseSize(FormatSize(n)); n < 1<<53 && (again != n || !ok) {
+				t.Errorf("%d is written %q and read %d, %v", n, FormatSize(n), again, ok)
+			}
+		}
+		if n, ok := parseSize(text); ok && (text == "" || text[0] < '0' || text[0] > '9' || strings.ContainsFunc(text, unicode.IsControl)) {
+			t.Errorf("%q is read as %d", text, n)
+		}
+	})
+}
