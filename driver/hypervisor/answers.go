@@ -25,6 +25,7 @@ var answers = map[procedure]any{
 	{remote, 14}:  libvirt.DomainGetXMLDescRet{},
 	{remote, 16}:  libvirt.DomainGetInfoRet{},
 	{remote, 23}:  libvirt.DomainLookupByNameRet{},
+	{remote, 34}:  nil, // DomainSuspend
 	{remote, 43}:  libvirt.NetworkGetXMLDescRet{},
 	{remote, 44}:  libvirt.NetworkGetAutostartRet{},
 	{remote, 46}:  libvirt.NetworkLookupByNameRet{},
@@ -43,6 +44,7 @@ var answers = map[procedure]any{
 	{remote, 100}: libvirt.StorageVolGetPathRet{},
 	{remote, 152}: libvirt.NetworkIsActiveRet{},
 	{remote, 157}: libvirt.ConnectGetLibVersionRet{},
+	{remote, 165}: nil, // StorageVolWipe
 	{remote, 196}: libvirt.DomainCreateWithFlagsRet{},
 	{remote, 208}: nil, // StorageVolUpload
 	{remote, 209}: nil, // StorageVolDownload
