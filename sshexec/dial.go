@@ -79,6 +79,7 @@ func dial(ctx context.Context, t Target, interval, limit time.Duration) (*Client
 		addr:    t.Address,
 		hostKey: pin.key,
 		windows: strings.Contains(string(sc.ServerVersion()), "OpenSSH_for_Windows"),
+		relay:   t.relay(),
 		conn:    conn,
 		ssh:     sc,
 		dead:    make(chan struct{}),
@@ -88,8 +89,13 @@ func dial(ctx context.Context, t Target, interval, limit time.Duration) (*Client
 			ch.Reject(ssh.Prohibited, "nothing may be opened from here")
 		}
 	}()
-	go ssh.DiscardRequests(reqs)
 	go func() {
+		for r := range reqs { // to the connection's end
+			if c.relay && r.Type == lostRequest {
+				c.lose(errors.New(string(r.Payload)))
+			}
+			r.Reply(false, nil)
+		}
 		c.lose(sc.Wait())
 		close(c.dead)
 	}()

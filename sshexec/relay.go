@@ -72,14 +72,24 @@ func (r *Relay) Serve(ctx context.Context, l net.Listener) error {
 	}
 }
 
+// lostRequest is how a Relay tells its clients, before it closes their
+// connections, why that to the guest is down.
+const lostRequest = "lost@libvirt-driver"
+
 // serve serves one connection.
 func (r *Relay) serve(ctx context.Context, conn net.Conn) {
 	defer conn.Close()
-	defer context.AfterFunc(ctx, func() { conn.Close() })()
-	_, channels, requests, err := ssh.NewServerConn(conn, r.config)
-	if err != nil {
+	unhook := context.AfterFunc(ctx, func() { conn.Close() })
+	server, channels, requests, err := ssh.NewServerConn(conn, r.config)
+	if !unhook() || err != nil {
 		return // whoever it was has gone
 	}
+	defer context.AfterFunc(ctx, func() {
+		if r.client.down() {
+			server.SendRequest(lostRequest, false, []byte(r.client.why().Error()))
+		}
+		conn.Close()
+	})()
 	go ssh.DiscardRequests(requests)
 	var sessions sync.WaitGroup
 	defer sessions.Wait()

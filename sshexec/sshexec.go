@@ -73,6 +73,7 @@ type Client struct {
 	addr    string
 	hostKey ssh.PublicKey
 	windows bool // the server runs on Windows: no POSIX shell, no /proc
+	relay   bool // the server is a Relay
 
 	conn *watchedConn
 	ssh  ssh.Conn
@@ -150,12 +151,20 @@ func (c *Client) lost() error {
 	case <-time.After(time.Second):
 		return fmt.Errorf("%w: the server ended the session without an exit status", ErrLost)
 	}
+	return fmt.Errorf("%w: %w", ErrLost, c.why())
+}
+
+// why returns why the connection is down.
+func (c *Client) why() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if errors.Is(c.cause, io.EOF) {
-		return fmt.Errorf("%w: the guest closed it: %w", ErrLost, c.cause)
+	switch {
+	case !errors.Is(c.cause, io.EOF):
+		return c.cause
+	case c.relay:
+		return fmt.Errorf("the process that keeps it has ended: %w", c.cause)
 	}
-	return fmt.Errorf("%w: %w", ErrLost, c.cause)
+	return fmt.Errorf("the guest closed it: %w", c.cause)
 }
 
 // ended returns the error of an operation that the end of ctx stopped. It wraps
