@@ -2,8 +2,11 @@ package hypervisor
 
 import (
 	"context"
+	"errors"
+	"syscall"
 
 	"github.com/digitalocean/go-libvirt"
+	"libvirt.org/go/libvirtxml"
 )
 
 // Memory is how a host's memory stands, in bytes.
@@ -74,11 +77,39 @@ func (c *Connection) PoolSpace(ctx context.Context, pool string) (uint64, error)
 			return err
 		}
 		state, _, _, available, err := rpc.StoragePoolGetInfo(p)
-		if err == nil && libvirt.StoragePoolState(state) != libvirt.StoragePoolRunning {
+		if err != nil {
+			return err
+		}
+		if libvirt.StoragePoolState(state) != libvirt.StoragePoolRunning {
 			return ErrInactive
 		}
-		space = available
-		return err
+		text, err := rpc.StoragePoolGetXMLDesc(p, 0)
+		if err != nil {
+			return err
+		}
+		if space, err = folderSpace(text); err != nil {
+			space = available
+		}
+		return nil
 	})
 	return space, wrap(err, "read the space of pool %s", pool)
+}
+
+// folderSpace returns what the file system of a pool of files has left. Of such
+// a pool libvirt itself knows only what it was when it last made, deleted or
+// looked for a volume there, while guests fill their disks and others come and
+// go; and making it look has it stop the pool when it stumbles.
+func folderSpace(pool string) (uint64, error) {
+	var p libvirtxml.StoragePool
+	if err := p.Unmarshal(pool); err != nil {
+		return 0, err
+	}
+	if p.Target == nil || p.Type != "dir" && p.Type != "fs" && p.Type != "netfs" {
+		return 0, errors.New("not a pool of files")
+	}
+	var fs syscall.Statfs_t
+	if err := syscall.Statfs(p.Target.Path, &fs); err != nil {
+		return 0, err
+	}
+	return fs.Bavail * uint64(fs.Frsize), nil
 }
