@@ -14,6 +14,8 @@ var (
 	ErrNotFound = errors.New("not found")
 	// ErrInactive: the pool, network or domain is there but not running.
 	ErrInactive = errors.New("not active")
+	// ErrBusy: libvirt is at work on it; later it will not be.
+	ErrBusy = errors.New("busy")
 	// ErrUnreachable: libvirtd is not there or went away.
 	ErrUnreachable = errors.New("libvirtd is out of reach")
 )

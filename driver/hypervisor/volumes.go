@@ -164,7 +164,8 @@ func (c *Connection) CreateOverlay(ctx context.Context, name string, base Volume
 }
 
 // DeleteVolume deletes a volume and reports whether there was one. A pool that
-// does not exist has none.
+// does not exist has none. ErrBusy when libvirt is still at work on the volume,
+// ErrInactive when the pool is not running.
 //
 // https://libvirt.org/html/libvirt-libvirt-storage.html#virStorageVolDelete
 func (c *Connection) DeleteVolume(ctx context.Context, pool, name string) (bool, error) {
@@ -181,8 +182,13 @@ func (c *Connection) DeleteVolume(ctx context.Context, pool, name string) (bool,
 		found = true
 		return rpc.StorageVolDelete(vol, 0)
 	})
-	if is(err, libvirt.ErrNoStoragePool) || is(err, libvirt.ErrNoStorageVol) {
+	switch {
+	case is(err, libvirt.ErrNoStoragePool), is(err, libvirt.ErrNoStorageVol):
 		return found, nil
+	case found && is(err, libvirt.ErrOperationInvalid):
+		// Libvirt still makes it, for a prepare that has been killed meanwhile, and
+		// says so with the error by which it says that a pool does not run.
+		return found, fmt.Errorf("delete volume %s from pool %s: %w: %w", name, pool, ErrBusy, err)
 	}
 	return found, wrap(err, "delete volume %s from pool %s", name, pool)
 }
