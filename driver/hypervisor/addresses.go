@@ -34,6 +34,13 @@ func (c *Connection) Leases(ctx context.Context, network, mac string) ([]Lease, 
 		if err != nil {
 			return err
 		}
+		active, err := rpc.NetworkIsActive(n)
+		if err != nil {
+			return err
+		}
+		if active == 0 {
+			return ErrInactive // libvirt would tell what leases there were
+		}
 		reply, _, err = rpc.NetworkGetDhcpLeases(n, libvirt.OptString{mac}, 1, 0)
 		return err
 	})
