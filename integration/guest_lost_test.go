@@ -3,8 +3,6 @@
 package integration
 
 import (
-	"fmt"
-	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -132,25 +130,6 @@ func TestAGuestThatIsDestroyedInAScriptIsTheSystemsFailure(t *testing.T) {
 	lose(t, tiny(""), "", func(machine string) { virsh(t, "destroy", machine) }, "is shut off (destroyed)")
 }
 
-func TestAGuestWhoseQEMUDiesInAScriptIsTheSystemsFailure(t *testing.T) {
-	t.Parallel()
-	lose(t, tiny(""), "", func(machine string) {
-		if err := syscall.Kill(qemu(t, machine), syscall.SIGKILL); err != nil {
-			t.Fatal(err)
-		}
-	}, "is shut off (QEMU or the guest crashed)")
-}
-
-// QEMU pauses a guest that cannot write to its disk because the host's is full.
-func TestAGuestThatFillsTheHostsDiskIsTheSystemsFailure(t *testing.T) {
-	t.Parallel()
-	dir := newFolder(t)
-	command(t, "mount", "-t", "tmpfs", "-o", "size=8M,mode=711", "pool", dir)
-	t.Cleanup(func() { command(t, "umount", dir) })
-	command(t, "cp", filepath.Join(images, "tiny.qcow2"), dir)
-	lose(t, "reserve_disk = 0\n"+tiny(fmt.Sprintf("pool = %q", newPool(t, dir))), "sudo dd if=/dev/urandom of=/dev/vda bs=1M count=32\nsync", nil, "is paused (I/O error on its disk)")
-}
-
 // The script's processes go first, and look as if they had failed by themselves.
 func TestAGuestThatShutsDownInOrderInAScriptIsTheSystemsFailure(t *testing.T) {
 	t.Parallel()
@@ -169,36 +148,6 @@ func TestAGuestThatShutsDownInOrderInAScriptIsTheSystemsFailure(t *testing.T) {
 			}
 		}
 		after = after || r.SubStage == "build_script"
-	}
-}
-
-// The connection goes, and the guest comes back without what the job had there.
-func TestAGuestThatRestartsInAScriptIsTheSystemsFailure(t *testing.T) {
-	t.Parallel()
-	ex := prepared(t, newSettings(t, tiny("")).runner(t), newJob(runner.Job{}))
-	r := ex.Run(t.Context(), "build_script", "set -e; sudo reboot -f; sleep 600")
-	want(t, ex, r, 2, "the guest still runs, but the connection to it failed")
-	wantNoExitCode(t, ex)
-	wantWithin(t, r, 3*time.Minute)
-}
-
-func TestAScriptGoesOnWhenItsGuestIsPausedAndResumed(t *testing.T) {
-	t.Parallel()
-	job := newJob(runner.Job{})
-	ex := prepared(t, newSettings(t, tiny("")).runner(t), job)
-	call := ex.StartRun("build_script", "echo begun; until [ -e /tmp/go ]; do sleep 0.1; done; echo done")
-	waitFor(t, call, "begun\n")
-	virsh(t, "suspend", machineOf(job))
-	if state := strings.TrimSpace(virsh(t, "domstate", machineOf(job))); state != "paused" {
-		t.Errorf("the guest is %s", state)
-	}
-	virsh(t, "resume", machineOf(job))
-	other := again(t, ex)
-	want(t, other, other.Run(t.Context(), "step_other", "touch /tmp/go"), 0)
-	r := call.Wait(t.Context())
-	want(t, ex, r, 0)
-	if string(r.Stdout) != "begun\ndone\n" {
-		t.Errorf("stdout is %q", r.Stdout)
 	}
 }
 

@@ -97,7 +97,7 @@ func lookAround() (map[string][]string, error) {
 		}
 	}
 	for _, dir := range []string{
-		images, consoles, "/etc/libvirt/qemu", "/var/lib/libvirt/qemu", "/run/libvirt/qemu", "/run/libvirt-driver",
+		"/var/lib/libvirt", consoles, "/etc/libvirt/qemu", "/run/libvirt/qemu", "/run/libvirt-driver",
 	} {
 		err := filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
 			if err == nil && path != dir {
@@ -117,7 +117,7 @@ func lookAround() (map[string][]string, error) {
 		text, _ := os.ReadFile(process)
 		args := strings.Split(string(text), "\x00")
 		if strings.HasPrefix(filepath.Base(args[0]), "qemu-system-") || args[0] == "libvirt-driver" {
-			seen["processes"] = append(seen["processes"], strings.Join(args[:min(3, len(args))], " "))
+			seen["processes"] = append(seen["processes"], strings.Join(args[:min(5, len(args))], " "))
 		}
 	}
 	return seen, nil
@@ -245,7 +245,8 @@ var networks atomic.Int32
 // network is a libvirt network of the test's own.
 type network struct{ name, bridge, prefix string }
 
-// newNetwork starts a network on a bridge of its own. dhcp tells whether libvirt hands out addresses on it.
+// newNetwork starts a network on a bridge of its own. dhcp tells whether libvirt hands out addresses on it. Its DHCP
+// server does not first try, for three seconds, whether someone has taken an address that it never lent.
 func newNetwork(t *testing.T, dhcp bool) network {
 	t.Helper()
 	n := defineNetwork(t, dhcp)
@@ -262,8 +263,9 @@ func defineNetwork(t *testing.T, dhcp bool) network {
 	if dhcp {
 		ranges = fmt.Sprintf("<dhcp><range start='%[1]s.2' end='%[1]s.254'/></dhcp>", n.prefix)
 	}
-	virsh(t, "net-define", document(t, `<network><name>%s</name><bridge name='%s' stp='off' delay='0'/>
-		<ip address='%s.1' netmask='255.255.255.0'>%s</ip></network>`, n.name, n.bridge, n.prefix, ranges))
+	virsh(t, "net-define", document(t, `<network xmlns:dnsmasq='http://libvirt.org/schemas/network/dnsmasq/1.0'><name>%s</name><bridge name='%s' stp='off' delay='0'/>
+		<ip address='%s.1' netmask='255.255.255.0'>%s</ip>
+		<dnsmasq:options><dnsmasq:option value='no-ping'/></dnsmasq:options></network>`, n.name, n.bridge, n.prefix, ranges))
 	t.Cleanup(func() {
 		_, _ = tryVirsh("net-destroy", n.name) // fails for one that does not run
 		virsh(t, "net-undefine", n.name)

@@ -1,0 +1,234 @@
+//go:build integration
+
+package integration
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"libvirt-driver/integration/runner"
+)
+
+// points is how often a stage is ended by a signal, each time at another point.
+const points = 20
+
+// phase is a part of a stage: from a sign that shows from outside to the next phase's.
+type phase struct {
+	name  string
+	begun func(call *runner.Call, machine string) bool
+}
+
+var (
+	preparing = []phase{
+		{"begins", func(*runner.Call, string) bool { return true }},
+		{"overlay", func(_ *runner.Call, m string) bool { return there(filepath.Join(images, m+".qcow2")) }},
+		{"domain", func(_ *runner.Call, m string) bool { return there(filepath.Join("/etc/libvirt/qemu", m+".xml")) }},
+		{"QEMU", func(_ *runner.Call, m string) bool { return there(filepath.Join("/run/libvirt/qemu", m+".pid")) }},
+		{"boot", said("  machine ")},
+		{"address", said("  address ")},
+		{"shell", said("  shell ")},
+	}
+	removing = []phase{
+		{"begins", func(*runner.Call, string) bool { return true }},
+		{"QEMU gone", func(_ *runner.Call, m string) bool { return !there(filepath.Join("/run/libvirt/qemu", m+".pid")) }},
+		{"overlay gone", func(_ *runner.Call, m string) bool { return !there(filepath.Join(images, m+".qcow2")) }},
+		{"domain gone", func(_ *runner.Call, m string) bool { return !there(filepath.Join("/etc/libvirt/qemu", m+".xml")) }},
+	}
+)
+
+func there(path string) bool {
+	_, err := os.Lstat(path)
+	return err == nil
+}
+
+func said(text string) func(*runner.Call, string) bool {
+	return func(call *runner.Call, _ string) bool {
+		_, stderr := call.Output()
+		return bytes.Contains(stderr, []byte(text))
+	}
+}
+
+// look is how often a phase's sign is looked for: some phases take no longer than a few milliseconds.
+const look = 200 * time.Microsecond
+
+// await waits until a phase has begun, and reports false when the call ends without.
+func (p phase) await(call *runner.Call, machine string) bool {
+	for {
+		if p.begun(call, machine) {
+			return true
+		}
+		select {
+		case <-call.Done():
+			return false
+		case <-time.After(look):
+		}
+	}
+}
+
+// clock measures how long the phases of a call take.
+func clock(call *runner.Call, machine string, phases []phase) []time.Duration {
+	began := make([]time.Time, len(phases)+1)
+	for i, p := range phases {
+		p.await(call, machine)
+		began[i] = time.Now()
+	}
+	<-call.Done()
+	began[len(phases)] = time.Now()
+	took := make([]time.Duration, len(phases))
+	for i := range took {
+		took[i] = began[i+1].Sub(began[i])
+	}
+	return took
+}
+
+// target is a stage to be struck by a signal.
+type target struct {
+	stage  string
+	phases []phase
+	took   []time.Duration // how long each phase takes
+
+	mu   sync.Mutex
+	hits map[string]int // by phase, and "after its end"
+}
+
+// strike sends the signal to the call at the random point of a try, and returns when. The tries of a row go through
+// the phases by turns; those of one phase are spread over it.
+func (g *target) strike(t *testing.T, x *trial, call *runner.Call, sig syscall.Signal) time.Time {
+	t.Helper()
+	i := x.n % len(g.phases)
+	of := (points - i + len(g.phases) - 1) / len(g.phases) // how many tries are made in this phase
+	share := (float64(x.n/len(g.phases)) + x.random.Float64()) / float64(of)
+	delay := time.Duration(share * float64(g.took[i]))
+	g.phases[i].await(call, x.machine())
+	time.Sleep(delay)
+
+	hit := "after its end"
+	at := time.Now()
+	if err := call.Signal(sig); err == nil {
+		for _, p := range g.phases {
+			if p.begun(call, x.machine()) {
+				hit = p.name
+			}
+		}
+	}
+	t.Logf("%v %v after phase %q began, in phase %q", sig, delay, g.phases[i].name, hit)
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.hits[hit]++
+	return at
+}
+
+// total is how long the stage takes when nothing goes wrong.
+func (g *target) total() time.Duration {
+	var sum time.Duration
+	for _, d := range g.took {
+		sum += d
+	}
+	return sum
+}
+
+func (g *target) String() string {
+	var parts []string
+	for i, p := range g.phases {
+		parts = append(parts, fmt.Sprintf("%s %d (%v)", p.name, g.hits[p.name], g.took[i].Round(time.Millisecond)))
+	}
+	if n := g.hits["after its end"]; n > 0 {
+		parts = append(parts, fmt.Sprintf("after its end %d", n))
+	}
+	return fmt.Sprintf("points of %s by phase: %s", g.stage, strings.Join(parts, ", "))
+}
+
+// kills queues what ends the driver itself.
+func (f *faults) kills() {
+	random := func(stage string) string { return fmt.Sprintf("%s, %d random points", stage, points) }
+	f.add(f.row("SIGKILL", random("prepare")), points, func(t *testing.T, x *trial) {
+		call := x.start(t, f.config(t, "")).StartPrepare()
+		f.prepare.strike(t, x, call, syscall.SIGKILL)
+		wantKilled(t, x.end(t, call))
+	})
+	f.add(f.row("SIGKILL", random("cleanup")), points, func(t *testing.T, x *trial) {
+		call := x.prepared(t, f.config(t, "")).StartCleanup()
+		f.cleanup.strike(t, x, call, syscall.SIGKILL)
+		wantKilled(t, x.end(t, call))
+	})
+	f.add(f.row("SIGTERM", random("prepare")), points, func(t *testing.T, x *trial) {
+		call := x.start(t, f.config(t, "")).StartPrepare()
+		told := f.prepare.strike(t, x, call, syscall.SIGTERM)
+		x.wantTerminated(t, x.end(t, call), told)
+	})
+	f.add(f.row("SIGTERM", random("cleanup")), points, func(t *testing.T, x *trial) {
+		call := x.prepared(t, f.config(t, "")).StartCleanup()
+		told := f.cleanup.strike(t, x, call, syscall.SIGTERM)
+		x.wantTerminated(t, x.end(t, call), told)
+	})
+}
+
+// keepers queues what ends the process that keeps a job's connection.
+func (f *faults) keepers() {
+	f.add(f.row("SIGKILL of the connection's keeper", "prepare"), 1, func(t *testing.T, x *trial) {
+		ex := x.start(t, f.config(t, ""))
+		call := ex.StartPrepare()
+		waitFor(t, call, "  machine ")
+		until(t, "the keeper has begun", func() bool { return keeper(t, x.machine()) != 0 })
+		x.killKeeper(t)
+		want(t, ex, x.end(t, call), 0)
+		x.wantOwn(t, ex)
+	})
+	f.add(f.row("SIGKILL of the connection's keeper", "run"), 1, func(t *testing.T, x *trial) {
+		ex := x.prepared(t, f.config(t, ""))
+		call := ex.StartRun("build_script", "echo begun; sleep 600")
+		waitFor(t, call, "begun\n")
+		x.killKeeper(t)
+		x.wantLost(t, x.end(t, call), 30*time.Second, "the guest still runs, but the connection to it failed")
+		x.wantOwn(t, ex)
+	})
+}
+
+func (x *trial) killKeeper(t *testing.T) {
+	t.Helper()
+	if err := syscall.Kill(keeper(t, x.machine()), syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// measure runs both stages while nothing else does: twice, as libvirt's first look at QEMU takes a second.
+func (f *faults) measure(t *testing.T) {
+	t.Helper()
+	f.prepare = &target{stage: "prepare", phases: preparing, hits: map[string]int{}}
+	f.cleanup = &target{stage: "cleanup", phases: removing, hits: map[string]int{}}
+	for range 2 {
+		job := newJob(runner.Job{})
+		ex := start(t, f.config(t, ""), job)
+		call := ex.StartPrepare()
+		f.prepare.took = clock(call, machineOf(job), preparing)
+		want(t, ex, call.Wait(t.Context()), 0)
+		call = ex.StartCleanup()
+		f.cleanup.took = clock(call, machineOf(job), removing)
+		want(t, ex, call.Wait(t.Context()), 0)
+	}
+}
+
+func wantKilled(t *testing.T, r *runner.Result) {
+	t.Helper()
+	if r.Signal != syscall.SIGKILL && r.ExitCode != 0 {
+		t.Errorf("%s ended before it was killed: exit code %d\n%s", r.Name(), r.ExitCode, r.Stderr)
+	}
+}
+
+// wantTerminated is wantStopped for a signal at any point: also before the driver's first instruction, and after its
+// last.
+func (x *trial) wantTerminated(t *testing.T, r *runner.Result, told time.Time) {
+	t.Helper()
+	const last = 20 * time.Millisecond // from a program's last look at its signals to its end
+	if r.Signal == syscall.SIGTERM && len(r.Stderr) == 0 || r.ExitCode == 0 && r.Exited.Sub(told) < last {
+		return
+	}
+	x.wantStopped(t, r, told)
+}
