@@ -202,11 +202,19 @@ func (x *trial) cleanUp(t *testing.T) {
 	x.count(t)
 }
 
+// settle is how long libvirt may take to write down what it has done: one that has just been started first looks what
+// has become of its guests.
+const settle = 10 * time.Second
+
 // count counts what is left of the try's machine.
 func (x *trial) count(t *testing.T) {
 	t.Helper()
 	x.gone = true
 	left, err := leftOf(x.machine())
+	for deadline := time.Now().Add(settle); err == nil && len(left) > 0 && time.Now().Before(deadline); {
+		time.Sleep(settle / 20)
+		left, err = leftOf(x.machine())
+	}
 	if err != nil {
 		t.Error(err)
 	}
