@@ -91,3 +91,18 @@ Reads the settings uri, socket, log_dir and timeouts.destroy, and the pools and 
 images.
 
 Exits with 0, or with 1 when something could not be looked at or removed.`
+
+const doctorHelp = `Looks at everything that a job needs, in the order in which it needs it, and prints a line for
+each point: settings, how many jobs run at once, libvirt's socket and versions, whether KVM works
+and is not only there, memory, pools and their room, base volumes and who else may write to them,
+networks, addresses enough for all jobs at once, bridges, kernels, keys, folders, and machines
+that jobs have left. What is wrong comes with commands that mend it, ready to be pasted.
+
+It changes nothing. A virtual machine without a disk runs for a second to see whether KVM works.
+With --boot a guest of IMAGE is booted as for a job, asked for bash, git, git-lfs, gitlab-runner,
+sudo, a machine-id and SSH host keys of its own, its clock and what its boot takes, and removed.
+
+Reads all of the settings, and concurrent in /etc/gitlab-runner/config.toml.
+
+Exits with 0 when all is well, with 1 when something keeps jobs from running or makes it unsafe
+that they do, and with 2 when there are warnings alone: jobs run, but slower, or not for long.`

@@ -13,11 +13,13 @@ import (
 )
 
 // mayImport says which of the project's packages each one may import: main
-// imports driver, driver the leaves, and leaves nothing of the project. main
-// puts a stage together, so it knows the leaves by name too.
+// imports driver, driver the leaves, and leaves nothing of the project. doctor is
+// between the two: it looks at what driver works with, and has driver boot a
+// guest. main puts a stage together, so it knows the leaves by name too.
 var mayImport = map[string][]string{
-	".":                 {"driver", "driver/gitlab", "driver/hypervisor", "driver/settings", "sshexec"},
+	".":                 {"driver", "driver/doctor", "driver/gitlab", "driver/hypervisor", "driver/settings", "sshexec"},
 	"driver":            {"driver/gitlab", "driver/hypervisor", "driver/settings", "domainxml", "sshexec"},
+	"driver/doctor":     {"driver", "driver/gitlab", "driver/hypervisor", "driver/settings", "domainxml", "sshexec"},
 	"driver/gitlab":     nil,
 	"driver/hypervisor": nil,
 	"driver/settings":   nil,

@@ -80,6 +80,7 @@ func app() *cli.App {
 			finishCommand(),
 			listCommand(),
 			gcCommand(),
+			doctorCommand(),
 			{
 				Name:            "version",
 				Usage:           "print the driver's version",

@@ -9,9 +9,9 @@ import (
 )
 
 const (
-	// overhead is what a guest takes of the host's memory besides its own: QEMU
+	// Overhead is what a guest takes of the host's memory besides its own, in bytes: QEMU
 	// and its buffers.
-	overhead = 128 << 20
+	Overhead = 128 << 20
 	// turn is the name of the lock under which machines are let in, one by one.
 	turn = "admission"
 	// recheck is how often a machine that waits looks again.
@@ -65,7 +65,7 @@ func (s *Stage) room(ctx context.Context, m machine) (short, err error) {
 	if err != nil {
 		return nil, err
 	}
-	needed := m.image.Memory + overhead
+	needed := m.image.Memory + Overhead
 	reserved := s.Settings.ReserveMemory
 	switch {
 	case needed+reserved > memory.Total:

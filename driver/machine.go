@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"strings"
 	"time"
@@ -34,6 +35,8 @@ type machine struct {
 	made time.Time
 	// keys are made by prepare alone.
 	keys keys
+	// owner is the process that it is made for.
+	owner int
 }
 
 // plan works out the job's machine.
@@ -60,7 +63,8 @@ func (s *Stage) plan() (machine, error) {
 		return machine{}, &gitlab.BuildError{Err: fmt.Errorf("job variable LIBVIRT_DRIVER_%s: %w", field(err), err)}
 	}
 	name := job.Machine()
-	return machine{job: job, name: name, image: image, volume: volumeName(name), mac: macAddress(name), made: time.Now()}, nil
+	return machine{job: job, name: name, image: image, volume: volumeName(name), mac: macAddress(name), made: time.Now(),
+		owner: cmp.Or(s.Owner, os.Getppid())}, nil
 }
 
 // field returns which part of its machine's size a job cannot have.

@@ -32,11 +32,6 @@ func parseOwner(text string) (owner, error) {
 	return o, nil
 }
 
-// caller returns the process that called this one.
-func caller() (owner, error) {
-	return process(os.Getppid())
-}
-
 // process identifies a process of this host.
 func process(pid int) (owner, error) {
 	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")

@@ -254,7 +254,7 @@ func bootsByUEFI(image settings.Image, arch string) bool {
 }
 
 func (m machine) metadata() (domainxml.Metadata, error) {
-	owner, err := caller()
+	owner, err := process(m.owner)
 	return domainxml.Metadata{
 		Job: m.job.ID, Project: m.job.Project, Runner: m.job.Runner, JobURL: m.job.URL,
 		Image: m.image.Name, Pool: m.image.Pool, Volume: m.volume, Network: m.image.Network,

@@ -44,6 +44,9 @@ type Stage struct {
 	Stdout, Stderr io.Writer
 	// Version is the driver's own.
 	Version string
+	// Owner is the process without which nobody is left who would clean the
+	// machine up; 0 stands for the one that called this one.
+	Owner int
 }
 
 // Hypervisor is what the stages need of libvirt. [hypervisor.Connection] has it.

@@ -17,6 +17,9 @@ import (
 // is some other file.
 const maxKeySize = 1 << 20
 
+// ErrPassphrase says that a private key is protected by a passphrase.
+var ErrPassphrase = errors.New("the key is protected by a passphrase")
+
 // LoadKey reads the private key in the file path: RSA, ECDSA or Ed25519, in
 // OpenSSH's, PKCS#1, PKCS#8 or SEC 1 PEM form, without a passphrase. The errors
 // name the file, never its content. The file's permissions are not judged.
@@ -38,7 +41,7 @@ func LoadKey(path string) (ssh.Signer, error) {
 		return key, nil
 	}
 	if encrypted(text, err) {
-		return nil, fmt.Errorf("read SSH key %s: the key is protected by a passphrase, which nobody is there to enter: remove it with ssh-keygen -p -f %s, or use another key", path, path)
+		return nil, fmt.Errorf("read SSH key %s: %w, which nobody is there to enter: remove it with ssh-keygen -p -f %s, or use another key", path, ErrPassphrase, path)
 	}
 	if _, _, _, _, e := ssh.ParseAuthorizedKey(text); e == nil {
 		return nil, fmt.Errorf("read SSH key %s: this is a public key: name the private key's file", path)

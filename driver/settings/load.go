@@ -163,7 +163,7 @@ func (l *loader) images(s *Settings, defaults Image, inOrder bool) {
 		img, at := defaults, at.with(name)
 		img.Name = name
 		if _, ok := v.(map[string]any); !ok && imageKeys[name] != nil {
-			l.report(at, "is not a known key", whereTo(keyPath{"images"}, name, v, nil))
+			l.report(at, unknownKey, whereTo(keyPath{"images"}, name, v, nil))
 			continue
 		}
 		if !imageSyntax.MatchString(name) {
@@ -246,7 +246,7 @@ func readTable[T any](l *loader, path keyPath, table map[string]any, known keys[
 		at := path.with(name)
 		set, ok := known[name]
 		if !ok {
-			l.report(at, "is not a known key", whereTo(path, name, v, known.names()))
+			l.report(at, unknownKey, whereTo(path, name, v, known.names()))
 			continue
 		}
 		if f := set(dst, v); f != nil {

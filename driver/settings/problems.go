@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strconv"
+	"strings"
 	"unicode/utf8"
 )
 
@@ -36,6 +37,27 @@ func (p *problems) add(line int, key, wrong, remedy string) {
 	p.all = append(p.all, problem{line: line, key: key, fault: fault{wrong, remedy}})
 }
 
+// Problem is one thing that is wrong with a settings file. The error of [Load]
+// holds one for each.
+type Problem struct {
+	File string
+	Line int
+	// Key is the key that is wrong, with its tables: "images.debian.memory".
+	Key string
+	// Wrong says what is wrong with it, and Remedy what to do about it.
+	Wrong, Remedy string
+}
+
+func (p *Problem) Error() string {
+	return fmt.Sprintf("%s:%d: %s: %s; %s", p.File, p.Line, p.Key, p.Wrong, p.Remedy)
+}
+
+// Meant returns the key that was probably meant by one that is not known.
+func (p *Problem) Meant() (key string, ok bool) {
+	key, ok = strings.CutPrefix(p.Remedy, didYouMean)
+	return strings.TrimSuffix(key, "?"), ok && p.Wrong == unknownKey
+}
+
 // err returns all problems in the file's order, one line each, or nil.
 func (p *problems) err() error {
 	slices.SortFunc(p.all, func(a, b problem) int {
@@ -51,7 +73,7 @@ func (p *problems) err() error {
 				p.file, pr.line, len(p.all)-maxProblems))
 			break
 		}
-		errs = append(errs, fmt.Errorf("%s:%d: %s: %s; %s", p.file, pr.line, pr.key, pr.fault.wrong, pr.fault.remedy))
+		errs = append(errs, &Problem{p.file, pr.line, pr.key, pr.fault.wrong, pr.fault.remedy})
 	}
 	return errors.Join(errs...)
 }

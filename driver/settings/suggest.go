@@ -2,6 +2,11 @@ package settings
 
 import "strings"
 
+const (
+	unknownKey = "is not a known key"
+	didYouMean = "did you mean "
+)
+
 // whereTo returns the remedy for the unknown key name, which holds v in the
 // table at path, where only known would be.
 func whereTo(path keyPath, name string, v any, known []string) string {
@@ -26,16 +31,16 @@ func whereTo(path keyPath, name string, v any, known []string) string {
 			return "move it to a table [[aliases]]"
 		}
 	}
-	if near := nearest(name, known); near != "" {
-		return "did you mean " + near + "?"
+	if near := Nearest(name, known); near != "" {
+		return didYouMean + near + "?"
 	}
 	return "remove it, the keys here are " + strings.Join(known, ", ")
 }
 
-// nearest returns which of known is most like name, "" if none is near: at most
+// Nearest returns which of known is most like name, "" if none is near: at most
 // two letters off, and less than half of them. A wrong first letter, which few
 // people type, counts twice: vcpu is vcpus rather than cpu.
-func nearest(name string, known []string) string {
+func Nearest(name string, known []string) string {
 	best, least := "", 3
 	for _, k := range known {
 		if len(name) > len(k)+2 {

@@ -70,7 +70,7 @@ func (l *loader) checkImageName(path keyPath, s *Settings, name string) {
 	remedy := "write one of " + list(names)
 	if s.BuiltIn {
 		remedy = "add its table [images.NAME], or leave this out"
-	} else if near := nearest(name, names); near != "" {
+	} else if near := Nearest(name, names); near != "" {
 		remedy = "did you mean " + quote(near) + "?"
 	}
 	l.report(path, quote(name)+" is not a configured image", remedy)
