@@ -46,7 +46,7 @@ func TestCallsThatMakeNoSenseExitWith64AndSayWhere(t *testing.T) {
 func TestEveryCommandHasHelpThatFitsATerminal(t *testing.T) {
 	t.Parallel()
 	_, all, _ := call(t, "--help")
-	for _, command := range []string{"config", "prepare", "run", "cleanup", "list", "gc", "version"} {
+	for _, command := range []string{"config", "prepare", "run", "cleanup", "list", "gc", "doctor", "version"} {
 		if !strings.Contains(all, "\n   "+command+" ") {
 			t.Errorf("the driver's help has no command %s:\n%s", command, all)
 		}
@@ -54,7 +54,7 @@ func TestEveryCommandHasHelpThatFitsATerminal(t *testing.T) {
 		if exit != 0 || stderr != "" || !strings.Contains(help, "USAGE:") {
 			t.Errorf("%s --help: exit code %d, %q, %q", command, exit, help, stderr)
 		}
-		if command != "version" && (!strings.Contains(help, "Exits with") || !strings.Contains(help, "Reads the settings")) {
+		if command != "version" && (!strings.Contains(help, "Exits with") || !strings.Contains(help, "Reads ")) {
 			t.Errorf("%s --help does not say what it reads and exits with:\n%s", command, help)
 		}
 		for _, setting := range map[string][]string{

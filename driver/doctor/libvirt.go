@@ -126,7 +126,7 @@ func start() string {
 func restart() string {
 	switch {
 	case !systemd():
-		return script(`kill -KILL "$(cat /run/libvirtd.pid)"`, command("libvirtd", "--daemon"))
+		return script(`pid=$(cat /run/libvirtd.pid) && kill -KILL "$pid" && tail -f --pid "$pid" /dev/null`, command("libvirtd", "--daemon"))
 	case !unit("libvirtd.service") && unit("virtqemud.socket"):
 		return command("systemctl", "restart", "virtqemud", "virtstoraged", "virtnetworkd")
 	}
