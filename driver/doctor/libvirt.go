@@ -306,7 +306,8 @@ func (d *Doctor) checkMemory(ctx context.Context, name string) Finding {
 		return failure(d.file.set(nil, "reserve_memory", `"64 MiB"`), "reserve_memory keeps %s of the host's %s: no guest fits",
 			size(reserved), size(memory.Total))
 	case needed+reserved > memory.Total:
-		most := (memory.Total - reserved - driver.Overhead) / step * step
+		// As much as an image has by itself, or half of what there is.
+		most := min(2<<30, max(step, (memory.Total-reserved-driver.Overhead)/2/step*step))
 		return failure(d.setImage(name, "memory", strconv.Quote(settings.FormatSize(most))),
 			"a guest takes %s and %s are reserved, but the host has %s: it never fits", size(needed), size(reserved), size(memory.Total))
 	}

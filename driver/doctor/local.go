@@ -165,7 +165,11 @@ func (d *Doctor) missingKey(image, path string) Finding {
 	if near := neighbour(path); near != "" {
 		return failure(d.setImage(image, "key", strconv.Quote(near)), "there is no %s, but a %s", path, near)
 	}
-	return failure(script(command("install", "-d", "-m", "0700", filepath.Dir(path)), command("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", path)),
+	remedy := command("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", path)
+	if dir := filepath.Dir(path); !exists(dir) {
+		remedy = script(command("install", "-d", "-m", "0700", dir), remedy)
+	}
+	return failure(remedy,
 		"there is no %s. The public half of a new one goes into the image, to %s's authorized_keys", path, d.settings.Images[image].User)
 }
 

@@ -102,7 +102,11 @@ func (f file) set(table []string, key, value string) string {
 		return command("editor", f.path)
 	}
 	if f.lost || len(f.doc) == 0 || edit.Line > strings.Count(string(f.doc), "\n") && !edit.Replace {
-		words := append([]string{"printf", `%s\n`}, strings.Split(edit.Text, "\n")...)
+		words := []string{"printf", `%s\n`}
+		if len(f.doc) > 0 && f.doc[len(f.doc)-1] != '\n' {
+			words = append(words, "") // the end of the last line
+		}
+		words = append(words, strings.Split(edit.Text, "\n")...)
 		write := command(words...) + " >>" + quote(f.path)
 		if f.lost {
 			return script(command("install", "-D", "-m", "0644", "/dev/null", f.path), write)
