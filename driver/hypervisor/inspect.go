@@ -350,7 +350,9 @@ func writableDisks(text string) ([]Disk, error) {
 		case d.Source.Volume != nil:
 			disk.Pool, disk.Volume = d.Source.Volume.Pool, d.Source.Volume.Volume
 		}
-		disks = append(disks, disk)
+		if disk.Path != "" || disk.Volume != "" { // a drive may be empty
+			disks = append(disks, disk)
+		}
 	}
 	return disks, nil
 }

@@ -59,7 +59,7 @@ func TestOnlyDisksThatADomainMayWriteToCount(t *testing.T) {
 		<disk type='block' device='lun'><source dev='/dev/f'/><target dev='sdb'/></disk>
 		<disk type='volume' device='disk'><source pool='p' volume='v'/><target dev='vdg'/></disk>
 		<disk type='file' device='floppy'><target dev='fda'/></disk></devices></domain>`)
-	if got := fmt.Sprint(disks); err != nil || got != "[{ { false} vda /a  } { { false} vdb /b  } { { false} sdb /dev/f  } { { false} vdg  p v}]" {
+	if got := fmt.Sprint(disks); err != nil || got != "[{  vda /a  } {  vdb /b  } {  sdb /dev/f  } {  vdg  p v}]" {
 		t.Errorf("%s, %v", got, err)
 	}
 	if disks, err := writableDisks("<domain type='qemu'><name>d</name></domain>"); err != nil || disks != nil {
