@@ -31,7 +31,7 @@ func doctorCommand() *cli.Command {
 		OnUsageError:    usageError,
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "boot", Usage: "boot a guest of `IMAGE`, look at it from within, and remove it"},
-			&cli.IntFlag{Name: "concurrent", Usage: "count with `N` jobs at once, if not with GitLab Runner's concurrent"},
+			&cli.IntFlag{Name: "concurrent", Usage: "count with `N` jobs at once", DefaultText: "concurrent of GitLab Runner"},
 			jsonFlag,
 		},
 		Action: func(c *cli.Context) error {
@@ -128,9 +128,12 @@ func printSummary(w io.Writer, findings []doctor.Finding) {
 		n[f.Level]++
 	}
 	parts := []string{fmt.Sprintf("%d ok", n[doctor.OK])}
-	for _, level := range []doctor.Level{doctor.Warning, doctor.Failure, doctor.Skipped} {
-		if n[level] > 0 {
+	for _, level := range []doctor.Level{doctor.Failure, doctor.Warning, doctor.Skipped} {
+		switch {
+		case n[level] == 1 || n[level] > 0 && level == doctor.Skipped:
 			parts = append(parts, fmt.Sprintf("%d %s", n[level], level))
+		case n[level] > 0:
+			parts = append(parts, fmt.Sprintf("%d %ss", n[level], level))
 		}
 	}
 	fmt.Fprintln(w, strings.Join(parts, ", "))

@@ -170,12 +170,8 @@ func older(a, b string) bool {
 	return false
 }
 
-const (
-	// probeName is the name of the domain that shows whether KVM works.
-	probeName = "libvirt-driver-doctor"
-	// probation is for how long it must run.
-	probation = time.Second
-)
+// probation is for how long a domain must run to show that KVM works.
+const probation = time.Second
 
 // kvmDevice is how the kernel offers KVM; see
 // https://www.kernel.org/doc/html/latest/virt/kvm/api.html.
@@ -244,15 +240,17 @@ func module(cpuinfo string) string {
 
 // tryKVM runs a guest without a disk for a moment, and returns what goes wrong.
 func (d *Doctor) tryKVM(ctx context.Context, host hypervisor.Capabilities) (fault string, err error) {
-	text, err := domainxml.Probe(probeName, domainxml.Host{
+	// Two doctors at the same time are not in each other's way.
+	name := fmt.Sprintf("libvirt-driver-doctor-%d", os.Getpid())
+	text, err := domainxml.Probe(name, domainxml.Host{
 		VirtType: host.VirtType, Arch: host.Arch, MachineType: host.MachineType, HostPassthrough: host.HostPassthrough,
 	})
 	if err != nil {
 		return "", err
 	}
 	// One that a doctor left who was killed has ended with its connection.
-	defer os.Remove(filepath.Join("/var/log/libvirt/qemu", probeName+".log"))
-	if err := d.hypervisor.Try(ctx, probeName, text); err != nil {
+	defer os.Remove(filepath.Join("/var/log/libvirt/qemu", name+".log"))
+	if err := d.hypervisor.Try(ctx, name, text); err != nil {
 		if ctx.Err() != nil || errors.Is(err, hypervisor.ErrUnreachable) {
 			return "", err
 		}
@@ -261,10 +259,10 @@ func (d *Doctor) tryKVM(ctx context.Context, host hypervisor.Capabilities) (faul
 	defer func() {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), limit)
 		defer cancel()
-		d.hypervisor.DestroyDomain(ctx, probeName)
+		d.hypervisor.DestroyDomain(ctx, name)
 	}()
 	for begun := time.Now(); time.Since(begun) < probation; {
-		state, err := d.hypervisor.State(ctx, probeName)
+		state, err := d.hypervisor.State(ctx, name)
 		switch {
 		case err != nil:
 			return "", err

@@ -270,7 +270,16 @@ func (d *Doctor) checkLogDir(context.Context, string) Finding {
 		return failure(command("chmod", "o-w", dir), "everybody may write to %s (mode %04o), and a link there could lead to any file",
 			dir, info.Mode().Perm())
 	}
-	return d.writable(dir, "the logs of consoles")
+	found := d.writable(dir, "the logs of consoles")
+	if found.Level == Warning {
+		// virtlogd writes there as root all the same. The folder of libvirt's own
+		// logs is not to be given away.
+		const own = "/var/log/libvirt-driver"
+		found.Remedy = script(command("install", "-d", "-m", "0755", "-o", strconv.Itoa(os.Geteuid()), own),
+			d.file.set(nil, "log_dir", strconv.Quote(own)))
+		found.Found = fmt.Sprintf("the driver may not delete in %s: consoles' logs stay for the host's log rotation", dir)
+	}
+	return found
 }
 
 // checkLocks looks at the folder for locks, which the driver makes when it is
