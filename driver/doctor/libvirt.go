@@ -22,6 +22,10 @@ import (
 
 // The checks of libvirt's daemon and of what the host can run.
 
+// answer is how long libvirtd may take to answer a question that it has only to
+// read.
+const answer = 10 * time.Second
+
 // checkSocket looks whether libvirtd is there, lets the driver in, and answers.
 func (d *Doctor) checkSocket(ctx context.Context, _ string) Finding {
 	path := socket(d.settings.Socket)
@@ -38,6 +42,8 @@ func (d *Doctor) checkSocket(ctx context.Context, _ string) Finding {
 	if found := modular(path); found.Level != OK {
 		return found
 	}
+	ctx, cancel := context.WithTimeoutCause(ctx, answer, fmt.Errorf("nothing after %v", answer))
+	defer cancel()
 	if _, err := d.hypervisor.Versions(ctx); err != nil {
 		if ctx.Err() != nil {
 			return failure(restart(), "libvirtd is there and does not answer: %s", oneLine(context.Cause(ctx).Error()))
@@ -88,26 +94,24 @@ func modular(path string) Finding {
 	if filepath.Base(path) != "virtqemud-sock" {
 		return fine("")
 	}
-	var missing, units []string
+	var missing, starts []string
 	for _, name := range []string{"virtstoraged", "virtnetworkd"} {
 		conn, err := net.DialTimeout("unix", filepath.Join(filepath.Dir(path), name+"-sock"), time.Second)
-		if err != nil {
-			missing, units = append(missing, name), append(units, name+".socket")
+		if err == nil {
+			conn.Close()
 			continue
 		}
-		conn.Close()
+		missing = append(missing, name)
+		if systemd() {
+			starts = append(starts, command("systemctl", "enable", "--now", name+".socket"))
+		} else {
+			starts = append(starts, command(name, "--daemon"))
+		}
 	}
 	if len(missing) == 0 {
 		return fine("")
 	}
-	remedy := command(append([]string{"systemctl", "enable", "--now"}, units...)...)
-	if !systemd() {
-		remedy = script(missing[0]+" --daemon", strings.Join(missing[1:], "")+" --daemon")
-		if len(missing) == 1 {
-			remedy = command(missing[0], "--daemon")
-		}
-	}
-	return failure(remedy, "virtqemud runs, but not %s beside it", strings.Join(missing, " and "))
+	return failure(script(starts...), "virtqemud runs, but not %s beside it", strings.Join(missing, " and "))
 }
 
 // start returns what starts libvirt's daemon.
