@@ -58,7 +58,7 @@ func newPatient(t *testing.T) *patient {
 func (p *patient) write(t *testing.T) {
 	t.Helper()
 	text := strings.Join(p.top, "\n") + fmt.Sprintf("\nlog_dir = %q\n\n[images.tiny]\n", p.logs)
-	for _, key := range []string{"volume", "format", "pool", "network", "address", "key", "memory", "kernel", "initrd"} {
+	for _, key := range []string{"volume", "format", "pool", "network", "address", "key", "memory", "kernel", "initrd", "filter"} {
 		if value, ok := p.config[key]; ok {
 			text += fmt.Sprintf("%s = %q\n", key, value)
 		}
@@ -170,6 +170,8 @@ func TestDoctorNamesEachFaultOfAHostAndItsRemedyMendsIt(t *testing.T) {
 			}},
 		{"the bridge holds packets back", "bridge", "has STP on", doctor.Warning,
 			run("virsh net-dumpxml NETWORK | sed \"s/stp='off'/stp='on'/\" | virsh net-define /dev/stdin; ip link set BRIDGE type bridge stp_state 1")},
+		{"the network filter is not there", "filter", "there is no filter clean-traffic", doctor.Failure, run("virsh nwfilter-undefine clean-traffic")},
+		{"the network filter is called otherwise", "filter", "there is no filter clean-trafic", doctor.Failure, set("filter", "clean-trafic")},
 		{"the kernel is called otherwise", "kernel", "there is no", doctor.Failure, run("mv KERNEL KERNEL-2")},
 		{"the key is not there", "key", "there is no", doctor.Failure, run("rm KEY")},
 		{"everybody may read the key", "key", "others than its owner may read it (mode 0644)", doctor.Failure, run("chmod 644 KEY")},

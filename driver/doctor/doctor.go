@@ -57,6 +57,7 @@ type Hypervisor interface {
 	Pool(ctx context.Context, name string) (hypervisor.Pool, error)
 	Layout(ctx context.Context, pool, name string) (format, backing string, err error)
 	Network(ctx context.Context, name string) (hypervisor.Network, error)
+	Filters(ctx context.Context) ([]string, error)
 	Disks(ctx context.Context) ([]hypervisor.Disk, error)
 	Try(ctx context.Context, name, xml string) error
 }
@@ -120,6 +121,7 @@ var checks = []check{
 	{"network", (*Doctor).networks, (*Doctor).checkNetwork, true},
 	{"addresses", (*Doctor).images, (*Doctor).checkAddresses, true},
 	{"bridge", (*Doctor).networks, (*Doctor).checkBridge, true},
+	{"filter", (*Doctor).filtered, (*Doctor).checkFilter, true},
 	{"kernel", (*Doctor).kernels, (*Doctor).checkKernel, false},
 	{"key", (*Doctor).images, (*Doctor).checkKey, false},
 	{"log_dir", nil, (*Doctor).checkLogDir, false},
@@ -176,7 +178,11 @@ func (d *Doctor) run(ctx context.Context, c check, subject string) Finding {
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("no answer after %v", limit))
 	defer cancel()
-	return c.look(d, ctx, subject)
+	found := c.look(d, ctx, subject)
+	if c.asks && ctx.Err() != nil {
+		d.asked = false // a libvirtd that went away is not waited for again and again
+	}
+	return found
 }
 
 // host is the host as the driver's other commands see it.
@@ -197,6 +203,11 @@ func (d *Doctor) images() []string {
 // kernels returns the names of the images that boot a kernel directly.
 func (d *Doctor) kernels() []string {
 	return slices.DeleteFunc(d.images(), func(name string) bool { return d.settings.Images[name].Kernel == "" })
+}
+
+// filtered returns the names of the images whose guests' packets are filtered.
+func (d *Doctor) filtered() []string {
+	return slices.DeleteFunc(d.images(), func(name string) bool { return d.settings.Images[name].Filter == "" })
 }
 
 func (d *Doctor) pools() []string    { return d.settings.Pools() }

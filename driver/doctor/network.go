@@ -8,6 +8,8 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 
 	"libvirt-driver/driver/hypervisor"
@@ -191,6 +193,32 @@ func (d *Doctor) checkBridge(ctx context.Context, name string) Finding {
 		remedy = append(remedy, command("ip", "link", "set", network.Bridge, "type", "bridge", "stp_state", "0"))
 	}
 	return warning(script(remedy...), "%s has STP on: it holds a new guest's first packets back for seconds%s", network.Bridge, delay(network.Bridge))
+}
+
+// checkFilter looks whether the host has the filter that an image's guests are
+// to be started with.
+func (d *Doctor) checkFilter(ctx context.Context, name string) Finding {
+	filter := d.settings.Images[name].Filter
+	known, err := d.hypervisor.Filters(ctx)
+	if err != nil {
+		return unknown(err)
+	}
+	if slices.Contains(known, filter) {
+		return fine("%s", filter)
+	}
+	file := filepath.Join("/usr/share/libvirt/nwfilter", filepath.Base(filter)+".xml")
+	near := settings.Nearest(filter, known)
+	switch {
+	case exists(file) && len(known) > 0:
+		return failure(d.virsh("nwfilter-define", file), "there is no filter %s: no guest starts", filter)
+	case near != "":
+		return failure(d.setImage(name, "filter", strconv.Quote(near)), "there is no filter %s, but a %s: no guest starts", filter, near)
+	case len(known) > 0:
+		return failure(d.setImage(name, "filter", `"clean-traffic"`), "there is no filter %s: no guest starts", filter)
+	case exists("/usr/bin/apt-get"):
+		return failure(command("apt-get", "install", "--reinstall", "libvirt-daemon-config-nwfilter"), "the host has no filters: no guest starts")
+	}
+	return failure(command("dnf", "install", "libvirt-daemon-config-nwfilter", "libvirt-daemon-driver-nwfilter"), "the host has no filters: no guest starts")
 }
 
 // delay says what a bridge's forward delay is, which it waits twice.

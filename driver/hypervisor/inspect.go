@@ -271,6 +271,26 @@ func (n *Network) read(now, later string) error {
 	return nil
 }
 
+// Filters returns the names of the network filters that the host has; none
+// where its libvirt is without them.
+//
+// https://libvirt.org/html/libvirt-libvirt-nwfilter.html#virConnectListAllNWFilters
+func (c *Connection) Filters(ctx context.Context) ([]string, error) {
+	var names []string
+	err := c.do(ctx, func(rpc *libvirt.Libvirt) error {
+		names = nil
+		filters, _, err := rpc.ConnectListAllNwfilters(1, 0)
+		for _, filter := range filters {
+			names = append(names, filter.Name)
+		}
+		return err
+	})
+	if is(err, libvirt.ErrNoSupport) {
+		return nil, nil
+	}
+	return names, wrap(err, "list network filters")
+}
+
 // Disk is a disk that a domain may write to.
 type Disk struct {
 	// Domain is whose it is, and State that domain's.
