@@ -30,6 +30,8 @@ type patient struct {
 
 func newPatient(t *testing.T) *patient {
 	t.Helper()
+	// libvirt leaves the folder that it makes for networks that start with the host.
+	t.Cleanup(func() { _ = os.Remove("/etc/libvirt/qemu/networks/autostart") })
 	dir := newFolder(t)
 	p := &patient{
 		dir: dir, pool: newPool(t, dir), volume: filepath.Join(dir, "tiny.qcow2"), network: newNetwork(t, true),
