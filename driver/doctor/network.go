@@ -46,16 +46,11 @@ func (d *Doctor) defineNetwork(name string) string {
 	if name == "default" && exists(stock) {
 		return script(append([]string{d.virsh("net-define", stock)}, then...)...)
 	}
-	var b strings.Builder
-	for _, line := range []string{
-		"<network><name>" + escape(name) + "</name><forward mode='nat'/><bridge stp='off' delay='0'/>",
-		"<ip address='" + unusedSubnet() + ".1' netmask='255.255.255.0'><dhcp>",
-		"<range start='" + unusedSubnet() + ".2' end='" + unusedSubnet() + ".254'/></dhcp></ip></network>",
-	} {
-		b.WriteString(line + "\n")
-	}
-	define := d.virsh("net-define", "/dev/stdin") + " <<'END'\n" + b.String() + "END"
-	return script(append([]string{define}, then...)...)
+	subnet := unusedSubnet()
+	document := command("printf", "%s", "<network><name>"+escape(name)+"</name><forward mode='nat'/><bridge stp='off' delay='0'/>",
+		"<ip address='"+subnet+".1' netmask='255.255.255.0'><dhcp>",
+		"<range start='"+subnet+".2' end='"+subnet+".254'/></dhcp></ip></network>")
+	return script(append([]string{document + " |\n    " + d.virsh("net-define", "/dev/stdin")}, then...)...)
 }
 
 // escape writes text for XML.

@@ -35,9 +35,10 @@ func command(words ...string) string {
 	return b.String()
 }
 
-// script writes several commands, each on its own line.
+// script writes several commands, each on its own line. One that fails is the
+// last.
 func script(commands ...string) string {
-	return strings.Join(commands, "\n")
+	return strings.Join(commands, " &&\n")
 }
 
 var plain = regexp.MustCompile(`^[A-Za-z0-9_@%+=:,./-]+$`)
