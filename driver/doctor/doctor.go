@@ -52,6 +52,7 @@ type Finding struct {
 type Hypervisor interface {
 	driver.Hypervisor
 
+	Socket() (string, error)
 	Versions(ctx context.Context) (hypervisor.Versions, error)
 	User(ctx context.Context) (uid, gid int, ok bool, err error)
 	Pool(ctx context.Context, name string) (hypervisor.Pool, error)
@@ -123,7 +124,7 @@ var checks = []check{
 	{"bridge", (*Doctor).networks, (*Doctor).checkBridge, true},
 	{"filter", (*Doctor).filtered, (*Doctor).checkFilter, true},
 	{"kernel", (*Doctor).kernels, (*Doctor).checkKernel, false},
-	{"key", (*Doctor).images, (*Doctor).checkKey, false},
+	{"key", (*Doctor).keyed, (*Doctor).checkKey, false},
 	{"log_dir", nil, (*Doctor).checkLogDir, false},
 	{"locks", nil, (*Doctor).checkLocks, false},
 	{"leftovers", nil, (*Doctor).checkLeftovers, true},
@@ -203,6 +204,12 @@ func (d *Doctor) images() []string {
 // kernels returns the names of the images that boot a kernel directly.
 func (d *Doctor) kernels() []string {
 	return slices.DeleteFunc(d.images(), func(name string) bool { return d.settings.Images[name].Kernel == "" })
+}
+
+// keyed returns the names of the images that let the key of the settings in; for
+// others every job has a key of its own.
+func (d *Doctor) keyed() []string {
+	return slices.DeleteFunc(d.images(), func(name string) bool { return d.settings.Images[name].HostKey != settings.HostKeyPinned })
 }
 
 // filtered returns the names of the images whose guests' packets are filtered.

@@ -28,14 +28,18 @@ const answer = 10 * time.Second
 
 // checkSocket looks whether libvirtd is there, lets the driver in, and answers.
 func (d *Doctor) checkSocket(ctx context.Context, _ string) Finding {
-	path := socket(d.settings.Socket)
+	path, err := d.hypervisor.Socket()
+	if err != nil {
+		return unknown(err)
+	}
 	conn, err := new(net.Dialer).DialContext(ctx, "unix", path)
 	switch {
 	case errors.Is(err, fs.ErrPermission):
 		return forbidden(path)
-	case err != nil && d.settings.Socket != "" && path != socket("") && exists(socket("")):
-		return failure(d.file.set(nil, "socket", `""`), "nothing answers at %s, which the settings name, but there is %s", path, socket(""))
 	case err != nil:
+		if usual := d.usualSocket(); usual != "" && usual != path {
+			return failure(d.file.set(nil, "socket", `""`), "nothing answers at %s, which the settings name, but there is %s", path, usual)
+		}
 		return failure(start(), "libvirtd does not run: nothing answers at %s", path)
 	}
 	conn.Close()
@@ -57,18 +61,17 @@ func (d *Doctor) checkSocket(ctx context.Context, _ string) Finding {
 	return fine("%s answers", path)
 }
 
-// socket returns the socket that is dialled when the settings name that one, or
-// none; see [hypervisor.Sockets].
-func socket(named string) string {
-	if named != "" {
-		return named
+// usualSocket returns the socket that would be dialled if the settings named
+// none, or "" when it is not there.
+func (d *Doctor) usualSocket() string {
+	unnamed := *d.settings
+	unnamed.Socket = ""
+	connection := d.Open(&unnamed)
+	defer connection.Close()
+	if path, err := connection.Socket(); err == nil && exists(path) {
+		return path
 	}
-	for _, path := range hypervisor.Sockets {
-		if exists(path) {
-			return filepath.Clean(path)
-		}
-	}
-	return hypervisor.Sockets[0]
+	return ""
 }
 
 // forbidden says who may use a socket.

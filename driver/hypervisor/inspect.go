@@ -11,6 +11,9 @@ import (
 	"libvirt.org/go/libvirtxml"
 )
 
+// Socket returns the socket that is dialled.
+func (c *Connection) Socket() (string, error) { return c.path() }
+
 // Versions are the versions of the host's parts, as in "9.0.0".
 type Versions struct {
 	Libvirt, Hypervisor string
