@@ -56,6 +56,7 @@ var answers = map[procedure]any{
 	{remote, 265}: libvirt.DomainGetMetadataRet{},
 	{remote, 273}: libvirt.ConnectListAllDomainsRet{},
 	{remote, 282}: libvirt.StoragePoolListAllVolumesRet{},
+	{remote, 286}: libvirt.ConnectListAllNwfiltersRet{},
 	{remote, 316}: libvirt.ConnectDomainEventCallbackRegisterAnyRet{},
 	{remote, 317}: nil, // ConnectDomainEventCallbackDeregisterAny
 	{remote, 341}: libvirt.NetworkGetDhcpLeasesRet{},

@@ -96,7 +96,7 @@ func libvirtd(t testing.TB, answer func(conn net.Conn, h header) []byte) *Connec
 // What go-libvirt would do with each of these: allocate gigabytes or fail to,
 // block for ever, whatever the context says, or panic.
 func TestAnswersThatCannotBeAreRefused(t *testing.T) {
-	lookup, leases := procedure{remote, 46}, procedure{remote, 341}
+	lookup, active, leases := procedure{remote, 46}, procedure{remote, 152}, procedure{remote, 341}
 	aNetwork := append(counted(7, "default"), make([]byte, libvirt.UUIDBuflen)...)
 	for name, test := range map[string]struct {
 		answer []byte // to NetworkGetDhcpLeases, but for the serial
@@ -117,8 +117,11 @@ func TestAnswersThatCannotBeAreRefused(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := libvirtd(t, func(conn net.Conn, h header) []byte {
-				if h.procedure == lookup {
+				switch h.procedure {
+				case lookup:
 					return frame(lookup, kindReply, h.serial, statusOK, aNetwork)
+				case active:
+					return frame(active, kindReply, h.serial, statusOK, words(1))
 				}
 				packet := bytes.Clone(test.answer)
 				// The last packet of the answer is the one with the serial.
