@@ -4,8 +4,10 @@ import (
 	"go/parser"
 	"go/token"
 	"io/fs"
+	"os"
 	"path"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -81,6 +83,35 @@ func TestImportsPointOneWay(t *testing.T) {
 	for pkg := range mayImport {
 		if !seen[pkg] {
 			t.Errorf("package %s is missing", pkg)
+		}
+	}
+}
+
+// The threat model is worth what its tests are.
+func TestTheThreatModelNamesTestsThatExist(t *testing.T) {
+	text, err := os.ReadFile("docs/explanation/threats.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var source strings.Builder
+	err = filepath.WalkDir(".", func(file string, entry fs.DirEntry, err error) error {
+		if err != nil || !strings.HasSuffix(file, "_test.go") {
+			return err
+		}
+		code, err := os.ReadFile(file)
+		source.Write(code)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	names := regexp.MustCompile("`((?:Test|Fuzz)[A-Za-z0-9]+)`").FindAllStringSubmatch(string(text), -1)
+	if len(names) < 30 {
+		t.Errorf("the threat model names %d tests", len(names))
+	}
+	for _, name := range names {
+		if !strings.Contains(source.String(), "func "+name[1]+"(") {
+			t.Errorf("there is no test %s", name[1])
 		}
 	}
 }

@@ -76,6 +76,10 @@ func TestAJobsSubStagesShareTheConnectionOfPrepare(t *testing.T) {
 		t.Errorf("the keeper's process group is %d, %v", session, err)
 	}
 
+	if dir, err := os.Stat("/run/libvirt-driver"); err != nil || dir.Mode().Perm() != 0o700 {
+		t.Errorf("the folder of its socket: %v, %v", dir.Mode(), err)
+	}
+
 	want(t, ex, ex.Cleanup(t.Context()), 0)
 	if pid := keeper(t, machineOf(job)); pid != 0 {
 		t.Errorf("the keeper outlives cleanup as process %d", pid)
