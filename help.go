@@ -58,10 +58,11 @@ when the guest or the connection is lost, and when it is told to stop.`
 
 const cleanupHelp = `Destroys and undefines the job's domain, with its NVRAM, saved state and snapshots, and deletes
 its volumes and its logs. Nothing being there is success. What carries the job's name but was
-not made by the driver is left alone.
+not made by the driver is left alone. It returns when the machine can neither run nor be reached
+any more, and a process of its own finishes; with early_cleanup = false it does all itself.
 
-Reads the settings uri, socket, log_dir, timeouts.destroy, and the pools and networks of all
-images.
+Reads the settings uri, socket, log_dir, timeouts.destroy, early_cleanup, and the pools and
+networks of all images.
 
 Exits with 0, or with $SYSTEM_FAILURE_EXIT_CODE when something is left, which it names. It never
 blames the job, and a job that forges who it is has its machine removed all the same.`
@@ -81,6 +82,7 @@ why:
   - those older than AGE, which must be more than any job may take;
   - those whose runner, the process that called prepare, is gone, as after a crash or a restart
     of the host, once no stage of the job has been at work for 5 minutes;
+  - those whose cleanup began and was not finished;
   - volumes of such machines that have lost their domain.
 
 Only what has a machine's name is looked at: domains that carry the driver's metadata, and
