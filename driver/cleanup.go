@@ -36,11 +36,30 @@ func (s *Stage) Cleanup(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if s.halt(ctx, job.Machine(), job) && s.StartFinisher(job.Machine(), lock.file) == nil {
-		return nil // the lock is the finisher's now
+	working, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("not done after %v (timeouts.destroy)", limit))
+	defer cancel()
+	halted, err := s.halt(working, job.Machine(), job)
+	if halted && s.StartFinisher(job.Machine(), lock.file) == nil {
+		return stopped(ctx) // the lock is the finisher's now
 	}
 	defer lock.release()
-	return s.finish(ctx, job.Machine(), job)
+	if err != nil && working.Err() != nil {
+		return err
+	}
+	if err := s.finish(working, job.Machine(), job); err != nil {
+		return err
+	}
+	return stopped(ctx)
+}
+
+// stopped returns the failure of a stage that was told to stop and was done all
+// the same: who told it to is not to find that it went on. What takes its time
+// but may be left out, as a lease, may have been cut short.
+func stopped(ctx context.Context) error {
+	if ctx.Err() == nil {
+		return nil
+	}
+	return fmt.Errorf("%w, when all was done", context.Cause(ctx))
 }
 
 // finish removes a machine and the record of its stages.

@@ -2,6 +2,7 @@ package driver
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"syscall"
@@ -55,28 +56,28 @@ func (h *Host) Finish(ctx context.Context, machine string) error {
 
 // halt makes sure that a job's machine can neither run nor be reached any more,
 // and reports whether its removal can be left to a finisher. It cannot where
-// there is nothing to gain, or something to say to the job's owner.
-func (s *Stage) halt(ctx context.Context, name string, job gitlab.Job) bool {
+// there is nothing to gain, or something to say to the job's owner; the error
+// then is why, if something failed.
+func (s *Stage) halt(ctx context.Context, name string, job gitlab.Job) (bool, error) {
 	if s.StartFinisher == nil {
-		return false
+		return false, nil
 	}
-	limit := s.Settings.Timeouts.Destroy
-	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("not done after %v (timeouts.destroy)", limit))
-	defer cancel()
 	text, found, err := s.Hypervisor.Metadata(ctx, name, domainxml.Namespace)
 	if err != nil || !found || !owned(text, job) {
-		return false
+		return false, err
 	}
 	metadata, _ := domainxml.ParseMetadata(text)
 	if _, err := s.Hypervisor.PoolSpace(ctx, metadata.Pool); err != nil {
-		return false
+		return false, err
 	}
-	if s.endKeeper(ctx, name) != nil || s.markOver(name) != nil {
-		return false
+	if err := errors.Join(s.endKeeper(ctx, name), s.markOver(name)); err != nil {
+		return false, err
 	}
-	err = s.Hypervisor.SuspendDomain(ctx, name)
-	state, unknown := s.Hypervisor.State(ctx, name)
-	return err == nil && unknown == nil && state.Kind == hypervisor.Paused
+	if err := s.Hypervisor.SuspendDomain(ctx, name); err != nil {
+		return false, err
+	}
+	state, err := s.Hypervisor.State(ctx, name)
+	return err == nil && state.Kind == hypervisor.Paused, err
 }
 
 // owned reports whether metadata is of a machine that the driver made for the

@@ -46,9 +46,14 @@ func (s *Stage) Prepare(ctx context.Context) error {
 		s.showConsole(m.name)
 		return err
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, creation, errSlow)
+	asking, cancel := context.WithTimeoutCause(ctx, creation, errSlow)
 	defer cancel()
-	if err := s.handOver(ctx, m, contact); err != nil {
+	if err := s.handOver(asking, m, contact); err != nil {
+		return err
+	}
+	// The runner goes on with the job after a prepare that succeeds, whatever it
+	// told it.
+	if err := stopped(ctx); err != nil {
 		return err
 	}
 	ready = true

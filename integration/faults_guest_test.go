@@ -23,8 +23,9 @@ func (f *faults) guestFaults() {
 	f.brokenServers()
 
 	// Its cancelled scripts' processes are found by their age.
-	f.add(f.row("guest's clock years off", "prepare, run"), 1, f.clockOff("1999"))
-	f.add(f.row("guest's clock years off", "prepare, run"), 1, f.clockOff("2100"))
+	clock := f.row("guest's clock years off", "prepare, run")
+	f.add(clock, 1, f.clockOff("1999"))
+	f.add(clock, 1, f.clockOff("2100"))
 }
 
 func (f *faults) clockOff(year string) func(*testing.T, *trial) {

@@ -66,8 +66,8 @@ func (f *faults) fullPools() {
 	})
 	f.add(prepare, 1, func(t *testing.T, x *trial) {
 		_, image := onSmallPool(t)
-		ex := x.start(t, newSettings(t, "reserve_disk = \"64 MiB\"\n"+tiny(image, "[timeouts]", `turn = "3s"`)).runner(t))
-		x.wantLost(t, ex.Prepare(t.Context()), 30*time.Second, "no room after 3s (timeouts.turn)", "64 MiB are reserved (reserve_disk)")
+		ex := x.start(t, newSettings(t, "reserve_disk = \"64 MiB\"\n"+tiny(image, "[timeouts]", `turn = "10s"`)).runner(t))
+		x.wantLost(t, ex.Prepare(t.Context()), 30*time.Second, "no room after 10s (timeouts.turn)", "64 MiB are reserved (reserve_disk)")
 	})
 	f.add(f.row("pool full, with room later", "prepare"), 1, func(t *testing.T, x *trial) {
 		dir := newDisk(t, "size=80M")

@@ -4,6 +4,7 @@ package integration
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -106,6 +107,9 @@ func (g *target) strike(t *testing.T, x *trial, call *runner.Call, sig syscall.S
 	of := (points - i + len(g.phases) - 1) / len(g.phases) // how many tries are made in this phase
 	share := (float64(x.n/len(g.phases)) + x.random.Float64()) / float64(of)
 	delay := time.Duration(share * float64(g.took[i]))
+	if i == len(g.phases)-1 {
+		delay /= 4 // it is over in milliseconds, of which the look that finds it has taken some
+	}
 	g.phases[i].await(call, x.machine())
 	time.Sleep(delay)
 
@@ -154,7 +158,7 @@ func (f *faults) kills() {
 		wantKilled(t, x.end(t, call))
 	})
 	f.add(f.row("SIGKILL", random("cleanup")), points, func(t *testing.T, x *trial) {
-		call := x.prepared(t, f.config(t, "")).StartCleanup()
+		call := x.prepared(t, f.whole(t)).StartCleanup()
 		f.cleanup.strike(t, x, call, syscall.SIGKILL)
 		wantKilled(t, x.end(t, call))
 	})
@@ -164,15 +168,33 @@ func (f *faults) kills() {
 		x.wantTerminated(t, x.end(t, call), told)
 	})
 	f.add(f.row("SIGTERM", random("cleanup")), points, func(t *testing.T, x *trial) {
-		call := x.prepared(t, f.config(t, "")).StartCleanup()
+		call := x.prepared(t, f.whole(t)).StartCleanup()
 		told := f.cleanup.strike(t, x, call, syscall.SIGTERM)
 		x.wantTerminated(t, x.end(t, call), told)
 	})
 }
 
-// keepers queues what ends the process that keeps a job's connection.
-func (f *faults) keepers() {
-	f.add(f.row("SIGKILL of the connection's keeper", "prepare"), 1, func(t *testing.T, x *trial) {
+// whole is a configuration by which cleanup itself removes all.
+func (f *faults) whole(t *testing.T) runner.Config {
+	t.Helper()
+	return newSettings(t, "early_cleanup = false\n"+f.tiny("")).runner(t)
+}
+
+// helpers queues what ends the processes that stages leave: the one that keeps a job's connection, and the one that
+// finishes its cleanup.
+func (f *faults) helpers() {
+	f.add(f.row("SIGKILL of what finishes it, random points", "cleanup"), 5, func(t *testing.T, x *trial) {
+		ex := x.prepared(t, f.config(t, ""))
+		call := ex.StartCleanup()
+		pid := 0
+		until(t, "there is a finisher", func() bool { pid = finisher(t, x.machine()); return pid != 0 })
+		time.Sleep(x.during(f.cleanup) * 4 / 5) // it has begun a while ago
+		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil && !errors.Is(err, syscall.ESRCH) {
+			t.Error(err)
+		}
+		want(t, ex, x.end(t, call), 0)
+	})
+	f.add(f.row("SIGKILL of what keeps the connection", "prepare"), 1, func(t *testing.T, x *trial) {
 		ex := x.start(t, f.config(t, ""))
 		call := ex.StartPrepare()
 		waitFor(t, call, "  machine ")
@@ -181,7 +203,7 @@ func (f *faults) keepers() {
 		want(t, ex, x.end(t, call), 0)
 		x.wantOwn(t, ex)
 	})
-	f.add(f.row("SIGKILL of the connection's keeper", "run"), 1, func(t *testing.T, x *trial) {
+	f.add(f.row("SIGKILL of what keeps the connection", "run"), 1, func(t *testing.T, x *trial) {
 		ex := x.prepared(t, f.config(t, ""))
 		call := ex.StartRun("build_script", "echo begun; sleep 600")
 		waitFor(t, call, "begun\n")
@@ -205,7 +227,7 @@ func (f *faults) measure(t *testing.T) {
 	f.cleanup = &target{stage: "cleanup", phases: removing, hits: map[string]int{}}
 	for range 2 {
 		job := newJob(runner.Job{})
-		ex := start(t, f.config(t, ""), job)
+		ex := start(t, f.whole(t), job)
 		call := ex.StartPrepare()
 		f.prepare.took = clock(call, machineOf(job), preparing)
 		want(t, ex, call.Wait(t.Context()), 0)

@@ -178,7 +178,11 @@ func (f *faults) restart(t *testing.T, what string, sig syscall.Signal) {
 		}
 	})
 	s.add(f, f.row(what, "cleanup"), 3, func(t *testing.T, x *trial, await func(time.Duration)) {
-		ex := x.prepared(t, f.config(t, ""))
+		cfg := f.config(t, "")
+		if x.n == 0 {
+			cfg = f.whole(t)
+		}
+		ex := x.prepared(t, cfg)
 		await(x.during(f.cleanup))
 		want(t, ex, ex.Cleanup(t.Context()), 0)
 		<-s.mended
@@ -194,6 +198,7 @@ func (f *faults) freeze(t *testing.T) {
 		deadline = "libvirtd frozen (SIGSTOP) beyond a deadline"
 		resumed  = "libvirtd frozen (SIGSTOP) for 15 s"
 	)
+	short := []string{"[timeouts]", `destroy = "3s"`}
 	s := f.newStorm()
 	s.add(f, f.row(told, "prepare"), 2, func(t *testing.T, x *trial, await func(time.Duration)) {
 		ex := x.start(t, f.config(t, ""))
@@ -219,10 +224,12 @@ func (f *faults) freeze(t *testing.T) {
 
 	prepare := f.row(deadline, "prepare")
 	s.add(f, prepare, 1, func(t *testing.T, x *trial, await func(time.Duration)) {
-		x.start(t, f.config(t, "", "[timeouts]", `destroy = "3s"`))
+		file := newSettings(t, f.tiny("", short...))
+		ex := x.start(t, file.runner(t))
 		await(0)
 		<-s.struck
-		x.wantLost(t, x.ex.Prepare(t.Context()), 10*time.Second, "did not answer", "not done after 3s (timeouts.destroy)")
+		x.wantLost(t, ex.Prepare(t.Context()), 10*time.Second, "did not answer", "not done after 3s (timeouts.destroy)")
+		file.write(t, f.tiny(""))
 	})
 	s.add(f, prepare, 1, func(t *testing.T, x *trial, await func(time.Duration)) {
 		// A guest that asks for no address.
@@ -237,10 +244,12 @@ func (f *faults) freeze(t *testing.T) {
 		x.wantOwn(t, ex)
 	})
 	s.add(f, f.row(deadline, "cleanup"), 1, func(t *testing.T, x *trial, await func(time.Duration)) {
-		ex := x.prepared(t, f.config(t, "", "[timeouts]", `destroy = "3s"`))
+		file := newSettings(t, f.tiny("", short...))
+		ex := x.prepared(t, file.runner(t))
 		await(0)
 		<-s.struck
 		x.wantLost(t, ex.Cleanup(t.Context()), 10*time.Second, "did not answer", "not done after 3s (timeouts.destroy)")
+		file.write(t, f.tiny(""))
 	})
 
 	s.add(f, f.row(resumed, "prepare"), 3, func(t *testing.T, x *trial, await func(time.Duration)) {
@@ -250,7 +259,11 @@ func (f *faults) freeze(t *testing.T) {
 		x.wantOwn(t, ex)
 	})
 	s.add(f, f.row(resumed, "cleanup"), 3, func(t *testing.T, x *trial, await func(time.Duration)) {
-		ex := x.prepared(t, f.config(t, ""))
+		cfg := f.config(t, "")
+		if x.n == 0 {
+			cfg = f.whole(t)
+		}
+		ex := x.prepared(t, cfg)
 		await(x.during(f.cleanup))
 		want(t, ex, ex.Cleanup(t.Context()), 0)
 		x.count(t)

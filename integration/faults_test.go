@@ -42,7 +42,7 @@ func TestFaults(t *testing.T) {
 	f.guestFaults() // these wait most, and so begin first
 	f.hostFaults()
 	f.kills()
-	f.keepers()
+	f.helpers()
 	f.tryAll(t)
 }
 
@@ -202,9 +202,8 @@ func (x *trial) cleanUp(t *testing.T) {
 	x.count(t)
 }
 
-// settle is how long libvirt may take to write down what it has done: one that has just been started first looks what
-// has become of its guests.
-const settle = 10 * time.Second
+// settle is how long after a cleanup what finishes it may take, and libvirt to write down what it has done.
+const settle = time.Minute
 
 // count counts what is left of the try's machine.
 func (x *trial) count(t *testing.T) {
@@ -212,7 +211,7 @@ func (x *trial) count(t *testing.T) {
 	x.gone = true
 	left, err := leftOf(x.machine())
 	for deadline := time.Now().Add(settle); err == nil && len(left) > 0 && time.Now().Before(deadline); {
-		time.Sleep(settle / 20)
+		time.Sleep(settle / 120)
 		left, err = leftOf(x.machine())
 	}
 	if err != nil {
