@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"syscall"
 	"time"
 
 	"libvirt-driver/sshexec"
@@ -56,6 +57,7 @@ func Keep(ctx context.Context, dir, machine string, calls io.ReadCloser, answers
 		return err
 	}
 	defer leave()
+	syscall.Umask(0o077) // the socket is for this user alone, whatever became of its folder
 	l, err := net.Listen("unix", relayPath(dir, machine))
 	if err != nil {
 		return fmt.Errorf("make a socket for sub-stages: %w", err)

@@ -151,7 +151,8 @@ func keeperPath(dir, machine string) string { return filepath.Join(dir, machine+
 // relayPath returns the socket at which sub-stages find the keeper. A socket's
 // path has 107 bytes at most, and a machine's name can be longer.
 func relayPath(dir, machine string) string {
-	return filepath.Join(dir, fmt.Sprintf("%x.ssh", sha256.Sum256([]byte(machine)))[:24+len(".ssh")])
+	sum := sha256.Sum256([]byte(machine))
+	return filepath.Join(dir, fmt.Sprintf("%x.ssh", sum[:12]))
 }
 
 // register makes this process a machine's keeper until leave is called.

@@ -357,7 +357,9 @@ func secretsOf(t *testing.T, ex *runner.Executor) map[string]string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var contact struct{ Key string }
+	var contact struct {
+		Key string `json:"own_key"`
+	}
 	if err := json.Unmarshal(text, &contact); err != nil {
 		t.Fatal(err)
 	}

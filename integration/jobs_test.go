@@ -139,8 +139,8 @@ image = "bookworm"
 		t.Errorf("the calls are %q, not %q", calls, expected)
 	}
 	for _, r := range o.Calls {
-		var others []string // than the keeper, which is the driver itself
-		if r.Stage == "prepare" {
+		var others []string // the keeper, the finisher: the driver itself
+		if r.Stage == "prepare" || r.Stage == "cleanup" {
 			others = []string{binary}
 		}
 		if r.Trace.Processes != len(others) || !slices.Equal(r.Trace.Execs, others) || r.Trace.OwnRSS >= 40<<20 {
@@ -194,6 +194,7 @@ image = "bookworm"
 		}
 	}
 
+	wantGone(t, machine)
 	if after := hash(t, base); after != before {
 		t.Errorf("the base volume has changed: from %s to %s", before, after)
 	}

@@ -3,6 +3,7 @@
 package integration
 
 import (
+	"crypto/sha256"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -76,8 +77,10 @@ func TestAJobsSubStagesShareTheConnectionOfPrepare(t *testing.T) {
 		t.Errorf("the keeper's process group is %d, %v", session, err)
 	}
 
-	if dir, err := os.Stat("/run/libvirt-driver"); err != nil || dir.Mode().Perm() != 0o700 {
-		t.Errorf("the folder of its socket: %v, %v", dir.Mode(), err)
+	sum := sha256.Sum256([]byte(machineOf(job)))
+	socket := fmt.Sprintf("/run/libvirt-driver/%x.ssh", sum[:12])
+	if info, err := os.Stat(socket); err != nil || info.Mode().Perm()&0o077 != 0 {
+		t.Errorf("its socket: %v, %v", info, err)
 	}
 
 	want(t, ex, ex.Cleanup(t.Context()), 0)
