@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -146,7 +147,12 @@ func (g *target) String() string {
 	if n := g.hits["after its end"]; n > 0 {
 		parts = append(parts, fmt.Sprintf("after its end %d", n))
 	}
-	return fmt.Sprintf("points of %s by phase: %s", g.stage, strings.Join(parts, ", "))
+	const fit = 4 // into a line
+	text := "points of " + g.stage + ":"
+	for line := range slices.Chunk(parts, fit) {
+		text += "\n  " + strings.Join(line, ", ")
+	}
+	return text
 }
 
 // kills queues what ends the driver itself.
