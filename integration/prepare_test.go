@@ -79,6 +79,7 @@ func TestPrepareGetsOneStepFurtherWithEveryRepair(t *testing.T) {
 	if got := output(t, ex, "echo the guest is there"); got != "the guest is there\n" {
 		t.Errorf("a script writes %q", got)
 	}
+	cleanUp(t, ex, job) // while there is the pool
 }
 
 func TestAFailedPrepareIsTriedThreeTimesWithCleanupBetween(t *testing.T) {
