@@ -61,8 +61,8 @@ its volumes and its logs. Nothing being there is success. What carries the job's
 not made by the driver is left alone. It returns when the machine can neither run nor be reached
 any more, and a process of its own finishes; with early_cleanup = false it does all itself.
 
-Reads the settings uri, socket, log_dir, timeouts.destroy, early_cleanup, and the pools and
-networks of all images.
+Reads the settings uri, socket, log_dir, timeouts.destroy, early_cleanup, and the
+pools and networks of all images.
 
 Exits with 0, or with $SYSTEM_FAILURE_EXIT_CODE when something is left, which it names. It never
 blames the job, and a job that forges who it is has its machine removed all the same.`
