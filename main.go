@@ -4,12 +4,12 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"os/signal"
-	"path/filepath"
 	"strings"
 	"syscall"
 
@@ -169,13 +169,7 @@ func perform(c *cli.Context, environment *gitlab.Environment, log *gitlab.Log, d
 		stage.StartKeeper = driver.StartKeeper
 	}
 	if configured.EarlyCleanup {
-		config := c.String("config")
-		if config != "" {
-			if config, err = filepath.Abs(config); err != nil {
-				return err
-			}
-		}
-		stage.StartFinisher = driver.StartFinisher(config)
+		stage.StartFinisher = driver.StartFinisher
 	}
 	return do(c.Context, stage, c.Args().Slice())
 }
@@ -205,11 +199,11 @@ func finishCommand() *cli.Command {
 			if c.NArg() != 1 {
 				return errors.New("finish is for the driver itself to call")
 			}
-			configured, err := settings.Load(c.String("config"))
-			if err != nil {
-				return err
+			var configured settings.Settings
+			if err := json.NewDecoder(os.Stdin).Decode(&configured); err != nil {
+				return fmt.Errorf("finish: read the settings that cleanup hands on: %w", err)
 			}
-			host, err := newHost(configured, gitlab.NewLog(io.Discard, true))
+			host, err := newHost(&configured, gitlab.NewLog(io.Discard, true))
 			if err != nil {
 				return err
 			}

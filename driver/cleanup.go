@@ -39,7 +39,7 @@ func (s *Stage) Cleanup(ctx context.Context) error {
 	working, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("not done after %v (timeouts.destroy)", limit))
 	defer cancel()
 	halted, err := s.halt(working, job.Machine(), job)
-	if halted && s.StartFinisher(job.Machine(), lock.file) == nil {
+	if halted && s.StartFinisher(&s.Host, job.Machine(), lock.file) == nil {
 		return stopped(ctx) // the lock is the finisher's now
 	}
 	defer lock.release()

@@ -2,10 +2,12 @@ package driver
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
 	"syscall"
+	"time"
 
 	"libvirt-driver/domainxml"
 	"libvirt-driver/driver/gitlab"
@@ -19,24 +21,40 @@ import (
 // removes it. The host's capacity counts the machine until then, and where the
 // finisher is killed gc finishes.
 
-// StartFinisher returns how to start a finisher, for a driver whose settings are
-// in the file config, or nowhere when that is empty.
-func StartFinisher(config string) func(machine string, lock *os.File) error {
-	return func(machine string, lock *os.File) error {
-		null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
-		if err != nil {
-			return err
-		}
-		defer null.Close()
-		var env []string // where the user's own locks and sockets are
-		for _, name := range []string{"HOME", "XDG_CACHE_HOME", "XDG_RUNTIME_DIR"} {
-			if value, ok := os.LookupEnv(name); ok {
-				env = append(env, name+"="+value)
-			}
-		}
-		_, err = spawn([]string{"--config", config, "finish", machine}, env, null, null, null, lock)
+// handing is how long the settings may take to be handed on to a finisher.
+const handing = 5 * time.Second
+
+// StartFinisher starts the finisher of a machine and hands the lock on it on,
+// and the settings: their file may be changed, or gone, before it is done.
+func StartFinisher(h *Host, machine string, lock *os.File) error {
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
 		return err
 	}
+	defer null.Close()
+	in, out, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	defer out.Close()
+	var env []string // where the user's own locks and sockets are
+	for _, name := range []string{"HOME", "XDG_CACHE_HOME", "XDG_RUNTIME_DIR"} {
+		if value, ok := os.LookupEnv(name); ok {
+			env = append(env, name+"="+value)
+		}
+	}
+	pid, err := spawn([]string{"finish", machine}, env, in, null, null, lock)
+	if err != nil {
+		return err
+	}
+	out.SetWriteDeadline(time.Now().Add(handing))
+	if err := json.NewEncoder(out).Encode(h.Settings); err != nil {
+		syscall.Kill(pid, syscall.SIGKILL)
+		syscall.Wait4(pid, nil, 0, nil)
+		return err
+	}
+	return nil
 }
 
 // Finish is a finisher's whole life. The lock on the machine is its file 3.

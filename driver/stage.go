@@ -39,7 +39,7 @@ type Stage struct {
 	StartKeeper func(dir, machine string) (*Keeper, error)
 	// StartFinisher starts the process that removes a machine after its cleanup;
 	// see [StartFinisher]. Without it cleanup does that itself.
-	StartFinisher func(machine string, lock *os.File) error
+	StartFinisher func(h *Host, machine string, lock *os.File) error
 	// Stdout and Stderr take what the job's script writes.
 	Stdout, Stderr io.Writer
 	// Version is the driver's own.

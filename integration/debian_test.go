@@ -33,7 +33,7 @@ func (s *shared) prepare(t *testing.T) error {
 		return err
 	}
 	s.dir, s.settings = dir, settings(filepath.Join(dir, "config.toml"))
-	s.settings.write(t, "early_cleanup = false\n"+emulated) // its folder goes with it
+	s.settings.write(t, emulated)
 	s.job = newJob(runner.Job{})
 	cfg := s.settings.runner(t)
 	cfg.TempDir = dir

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"libvirt-driver/integration/runner"
 )
@@ -35,6 +36,40 @@ func TestCleanupReturnsWhenNobodyCanUseTheMachineAnyMore(t *testing.T) {
 	}
 	want(t, ex, again(t, ex).Cleanup(t.Context()), 0) // waits for its turn
 	wantGone(t, machine)
+}
+
+// What cleanup hands on is what it has read itself.
+func TestAFinisherDoesNotNeedTheSettingsFile(t *testing.T) {
+	t.Parallel()
+	job := newJob(runner.Job{})
+	machine := machineOf(job)
+	s := newSettings(t, tiny(""))
+	ex := prepared(t, s.runner(t), job)
+
+	// Cleanup waits for the machine's lock, with the settings read: the file's time of access tells.
+	lock, err := os.OpenFile("/run/libvirt-driver/"+machine+".lock", os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lock.Close()
+	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	old := time.Now().Add(-48 * time.Hour).Truncate(time.Second)
+	if err := os.Chtimes(string(s), old, old); err != nil {
+		t.Fatal(err)
+	}
+	call := ex.StartCleanup()
+	until(t, "the settings have been read", func() bool {
+		info, err := os.Stat(string(s))
+		return err == nil && time.Unix(info.Sys().(*syscall.Stat_t).Atim.Unix()).After(old)
+	})
+	time.Sleep(200 * time.Millisecond) // to the end of the file
+	s.write(t, "no such setting")
+	lock.Close()
+	want(t, ex, call.Wait(t.Context()), 0)
+	wantGone(t, machine)
+	s.write(t, tiny("")) // for the cleanup at the test's end
 }
 
 func TestGCFinishesACleanupAtOnce(t *testing.T) {

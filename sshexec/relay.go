@@ -2,13 +2,10 @@ package sshexec
 
 import (
 	"context"
-	"crypto/ed25519"
-	"crypto/rand"
 	"errors"
-	"fmt"
 	"io"
 	"net"
-	"strings"
+	"slices"
 	"sync"
 
 	"golang.org/x/crypto/ssh"
@@ -22,29 +19,23 @@ import (
 type Relay struct {
 	client *Client
 	config *ssh.ServerConfig
-	key    ssh.Signer
+	key    *KeyPair
 }
 
 // NewRelay returns a relay for c, with a host key of its own.
 func (c *Client) NewRelay() (*Relay, error) {
-	_, private, err := ed25519.GenerateKey(rand.Reader)
+	key, err := NewKeyPair()
 	if err != nil {
-		return nil, fmt.Errorf("make a host key for the relay: %w", err)
-	}
-	key, err := ssh.NewSignerFromKey(private)
-	if err != nil {
-		return nil, fmt.Errorf("make a host key for the relay: %w", err)
+		return nil, err
 	}
 	// The guest's version tells a Client what kind of server is at the end.
 	config := &ssh.ServerConfig{NoClientAuth: true, ServerVersion: string(c.ssh.ServerVersion())}
-	config.AddHostKey(key)
+	config.AddHostKey(key.Signer())
 	return &Relay{c, config, key}, nil
 }
 
 // HostKey returns the relay's own host key, in the format of [Target.HostKey].
-func (r *Relay) HostKey() string {
-	return strings.TrimSpace(string(ssh.MarshalAuthorizedKey(r.key.PublicKey())))
-}
+func (r *Relay) HostKey() string { return r.key.Public() }
 
 // Serve serves all who connect to l until the connection to the guest is lost,
 // which is the error that it returns, or ctx ends. Then l and all of its
@@ -144,11 +135,9 @@ func (r *Relay) session(asked ssh.NewChannel) {
 // pass passes on the requests of these types, and refuses others.
 func pass(requests <-chan *ssh.Request, to ssh.Channel, types ...string) {
 	for request := range requests {
-		ok := false
-		for _, known := range types {
-			if request.Type == known {
-				ok, _ = to.SendRequest(request.Type, request.WantReply, request.Payload)
-			}
+		ok := slices.Contains(types, request.Type)
+		if ok {
+			ok, _ = to.SendRequest(request.Type, request.WantReply, request.Payload)
 		}
 		request.Reply(ok, nil)
 	}

@@ -130,15 +130,7 @@ func (c *Connection) Pool(ctx context.Context, name string) (Pool, error) {
 // https://libvirt.org/formatstorage.html#storage-volume-xml
 func (c *Connection) Layout(ctx context.Context, pool, name string) (format, backing string, err error) {
 	var text string
-	err = c.do(ctx, func(rpc *libvirt.Libvirt) error {
-		p, err := rpc.StoragePoolLookupByName(pool)
-		if err != nil {
-			return err
-		}
-		vol, err := rpc.StorageVolLookupByName(p, name)
-		if err != nil {
-			return err
-		}
+	err = c.volume(ctx, pool, name, func(rpc *libvirt.Libvirt, vol libvirt.StorageVol) (err error) {
 		text, err = rpc.StorageVolGetXMLDesc(vol, 0)
 		return err
 	})

@@ -55,15 +55,7 @@ func (c *Connection) CreateSecret(ctx context.Context, pool, name string, conten
 //
 // https://libvirt.org/html/libvirt-libvirt-storage.html#virStorageVolWipe
 func (c *Connection) WipeVolume(ctx context.Context, pool, name string) error {
-	return wrap(c.do(ctx, func(rpc *libvirt.Libvirt) error {
-		p, err := rpc.StoragePoolLookupByName(pool)
-		if err != nil {
-			return err
-		}
-		vol, err := rpc.StorageVolLookupByName(p, name)
-		if err != nil {
-			return err
-		}
+	return wrap(c.volume(ctx, pool, name, func(rpc *libvirt.Libvirt, vol libvirt.StorageVol) error {
 		return rpc.StorageVolWipe(vol, 0)
 	}), "wipe volume %s of pool %s", name, pool)
 }
@@ -83,35 +75,13 @@ func createAnew(rpc *libvirt.Libvirt, pool libvirt.StoragePool, name, text strin
 	return rpc.StorageVolCreateXML(pool, text, 0)
 }
 
-// private returns the permissions of a file that only QEMU can read. Where the
-// host's capabilities name no user for QEMU, it runs as libvirtd's own.
-//
-// https://libvirt.org/formatcaps.html
+// private returns the permissions of a file that only QEMU can read. Where
+// libvirt names no user for QEMU, that is libvirtd's own.
 func (c *Connection) private(ctx context.Context) (*libvirtxml.StorageVolumeTargetPermissions, error) {
-	var text string
-	err := c.do(ctx, func(rpc *libvirt.Libvirt) (err error) {
-		text, err = rpc.ConnectGetCapabilities()
-		return err
-	})
-	if err != nil {
-		return nil, fmt.Errorf("read the host's capabilities: %w", err)
-	}
-	var host libvirtxml.Caps
-	if err := host.Unmarshal(text); err != nil {
-		return nil, fmt.Errorf("read the host's capabilities: %w", err)
-	}
 	permissions := &libvirtxml.StorageVolumeTargetPermissions{Mode: "0600"}
-	for _, model := range host.Host.SecModel {
-		if model.Name != "dac" {
-			continue
-		}
-		for _, label := range model.Labels {
-			var user, group uint32
-			if _, err := fmt.Sscanf(label.Value, "+%d:+%d", &user, &group); err == nil {
-				permissions.Owner, permissions.Group = strconv.FormatUint(uint64(user), 10), strconv.FormatUint(uint64(group), 10)
-				return permissions, nil
-			}
-		}
+	uid, gid, ok, err := c.User(ctx)
+	if ok {
+		permissions.Owner, permissions.Group = strconv.Itoa(uid), strconv.Itoa(gid)
 	}
-	return permissions, nil
+	return permissions, err
 }

@@ -170,15 +170,7 @@ func (c *Connection) CreateOverlay(ctx context.Context, name string, base Volume
 // https://libvirt.org/html/libvirt-libvirt-storage.html#virStorageVolDelete
 func (c *Connection) DeleteVolume(ctx context.Context, pool, name string) (bool, error) {
 	found := false
-	err := c.do(ctx, func(rpc *libvirt.Libvirt) error {
-		p, err := rpc.StoragePoolLookupByName(pool)
-		if err != nil {
-			return err
-		}
-		vol, err := rpc.StorageVolLookupByName(p, name)
-		if err != nil {
-			return err
-		}
+	err := c.volume(ctx, pool, name, func(rpc *libvirt.Libvirt, vol libvirt.StorageVol) error {
 		found = true
 		return rpc.StorageVolDelete(vol, 0)
 	})
@@ -191,4 +183,20 @@ func (c *Connection) DeleteVolume(ctx context.Context, pool, name string) (bool,
 		return found, fmt.Errorf("delete volume %s from pool %s: %w: %w", name, pool, ErrBusy, err)
 	}
 	return found, wrap(err, "delete volume %s from pool %s", name, pool)
+}
+
+// volume runs call on the volume of that name, as its pool knows it. Its errors
+// are libvirt's own.
+func (c *Connection) volume(ctx context.Context, pool, name string, call func(*libvirt.Libvirt, libvirt.StorageVol) error) error {
+	return c.do(ctx, func(rpc *libvirt.Libvirt) error {
+		p, err := rpc.StoragePoolLookupByName(pool)
+		if err != nil {
+			return err
+		}
+		vol, err := rpc.StorageVolLookupByName(p, name)
+		if err != nil {
+			return err
+		}
+		return call(rpc, vol)
+	})
 }

@@ -97,7 +97,7 @@ func demo(ctx context.Context, out io.Writer, driver string) error {
 		fmt.Fprintf(log, "%s", outcome.RunnerLog)
 	}
 	// The host is looked at even when ctx has ended: that is when it matters.
-	after, err := lookAround(context.WithoutCancel(ctx))
+	after, err := settle(context.WithoutCancel(ctx), before)
 	if err != nil {
 		return err
 	}
@@ -171,6 +171,19 @@ func lookAround(ctx context.Context) ([]sight, error) {
 		}
 	}
 	return sights, nil
+}
+
+// settling is how long what cleanup leaves to a process of its own may take to be removed.
+const settling = 30 * time.Second
+
+// settle looks around until nothing is left that was not there before, for settling at most.
+func settle(ctx context.Context, before []sight) ([]sight, error) {
+	for deadline := time.Now().Add(settling); ; time.Sleep(50 * time.Millisecond) {
+		after, err := lookAround(ctx)
+		if err != nil || len(compare(io.Discard, before, after)) == 0 || time.Now().After(deadline) {
+			return after, err
+		}
+	}
 }
 
 // describe names what a line of virsh's list is about.
