@@ -8,6 +8,8 @@ package integration
 
 import (
 	"context"
+	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"io/fs"
@@ -100,10 +102,25 @@ func lookAround() (map[string][]string, error) {
 		"/var/lib/libvirt", consoles, "/etc/libvirt/qemu", "/run/libvirt/qemu", "/run/libvirt-driver",
 	} {
 		err := filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
-			if err == nil && path != dir {
+			switch {
+			case err != nil || path == dir: // what goes away meanwhile is not there
+			case strings.HasSuffix(path, ".macs"):
+				// libvirt keeps this list once it has had a guest on the network; guests that are gone must not be in it.
+				text, err := os.ReadFile(path)
+				var guests []struct{ Domain string }
+				if err == nil {
+					err = json.Unmarshal(text, &guests)
+				}
+				if err != nil && !errors.Is(err, fs.ErrNotExist) {
+					return fmt.Errorf("%s: %w", path, err)
+				}
+				for _, guest := range guests {
+					seen["files"] = append(seen["files"], path+" with "+guest.Domain)
+				}
+			default:
 				seen["files"] = append(seen["files"], path)
 			}
-			return nil // what goes away meanwhile is not there
+			return nil
 		})
 		if err != nil {
 			return nil, err
