@@ -114,8 +114,9 @@ func (r *Relay) session(asked ssh.NewChannel) {
 	}
 	defer near.Close()
 
+	var asking sync.Mutex // held while a request waits for its answer
 	go func() {
-		pass(requests, far, "exec", "signal")
+		pass(requests, far, &asking, "exec", "signal")
 		far.Close() // whoever asked for the session is done with it
 	}()
 	go func() {
@@ -123,23 +124,28 @@ func (r *Relay) session(asked ssh.NewChannel) {
 		far.CloseWrite()
 	}()
 	var back sync.WaitGroup
-	back.Go(func() { pass(told, near, "exit-status", "exit-signal") })
+	back.Go(func() { pass(told, near, new(sync.Mutex), "exit-status", "exit-signal") })
 	var output sync.WaitGroup
 	output.Go(func() { io.Copy(near, far) })
 	output.Go(func() { io.Copy(near.Stderr(), far.Stderr()) })
 	output.Wait()
 	near.CloseWrite()
 	back.Wait()
+	// A command can be over before the answer that it has begun is passed on.
+	asking.Lock()
 }
 
-// pass passes on the requests of these types, and refuses others.
-func pass(requests <-chan *ssh.Request, to ssh.Channel, types ...string) {
+// pass passes on the requests of these types, and refuses others. It holds busy
+// until a request has its answer.
+func pass(requests <-chan *ssh.Request, to ssh.Channel, busy *sync.Mutex, types ...string) {
 	for request := range requests {
+		busy.Lock()
 		ok := slices.Contains(types, request.Type)
 		if ok {
 			ok, _ = to.SendRequest(request.Type, request.WantReply, request.Payload)
 		}
 		request.Reply(ok, nil)
+		busy.Unlock()
 	}
 }
 

@@ -16,7 +16,12 @@ import (
 // how to reach it, and what Serve returned, later.
 func startRelay(t *testing.T, s *server) (Target, <-chan error) {
 	t.Helper()
-	relay, err := s.dial(t).NewRelay()
+	return startRelayTo(t, s.dial(t))
+}
+
+func startRelayTo(t *testing.T, c *Client) (Target, <-chan error) {
+	t.Helper()
+	relay, err := c.NewRelay()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -81,6 +86,60 @@ func TestRelayIsLikeAConnection(t *testing.T) {
 		t.Errorf("the server has %d processes for connections", n)
 	}
 	s.waitNoCommands(t)
+}
+
+// A command that is over at once: all that its server has to say comes in one go, and whoever asked for it must get the
+// answer that it has begun before its end. sshd is rarely as fast.
+func TestRelayAnswersBeforeTheEnd(t *testing.T) {
+	target, _ := startRelayTo(t, hasty(t))
+	for range 300 {
+		c := dialTarget(t, target)
+		if err := c.Ping(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		c.Close()
+	}
+}
+
+// hasty starts an SSH server whose commands are over before they are answered, and returns a connection to it.
+func hasty(t *testing.T) *Client {
+	t.Helper()
+	key, err := NewKeyPair()
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	go func() {
+		raw, err := l.Accept()
+		if err != nil {
+			return
+		}
+		config := &ssh.ServerConfig{NoClientAuth: true}
+		config.AddHostKey(key.Signer())
+		_, channels, requests, err := ssh.NewServerConn(raw, config)
+		if err != nil {
+			return
+		}
+		go ssh.DiscardRequests(requests)
+		for asked := range channels {
+			ch, requests, err := asked.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				for request := range requests {
+					request.Reply(true, nil)
+					ch.SendRequest("exit-status", false, ssh.Marshal(struct{ Status uint32 }{0}))
+					ch.Close()
+				}
+			}()
+		}
+	}()
+	return dialTarget(t, Target{Address: l.Addr().String(), User: "anyone", Key: key.Signer()})
 }
 
 func TestRelayStopsATree(t *testing.T) {
