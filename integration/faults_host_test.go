@@ -109,6 +109,7 @@ func (f *faults) stoppedNetworks() {
 			waitFor(t, call, "  address ")
 		}
 		virsh(t, "net-destroy", net.name)
+		x.forgotten = net.macs()
 		stopped := time.Now()
 		r := x.end(t, call)
 		x.wantLost(t, r, patience, "network "+net.name+": not active")
@@ -122,6 +123,7 @@ func (f *faults) stoppedNetworks() {
 		net := newNetwork(t, true)
 		ex := x.prepared(t, newSettings(t, tiny(fmt.Sprintf("network = %q", net.name))).runner(t))
 		virsh(t, "net-destroy", net.name)
+		x.forgotten = net.macs()
 		r := ex.Cleanup(t.Context())
 		want(t, ex, r, 0)
 		wantWithin(t, r, 30*time.Second)

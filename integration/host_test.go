@@ -262,6 +262,10 @@ var networks atomic.Int32
 // network is a libvirt network of the test's own.
 type network struct{ name, bridge, prefix string }
 
+// macs is the file in which libvirt keeps the MACs of the network's guests. It takes out those that go while the
+// network is active, and never those that went meanwhile.
+func (n network) macs() string { return "/var/lib/libvirt/dnsmasq/" + n.bridge + ".macs" }
+
 // newNetwork starts a network on a bridge of its own. dhcp tells whether libvirt hands out addresses on it. Its DHCP
 // server does not first try, for three seconds, whether someone has taken an address that it never lent.
 func newNetwork(t *testing.T, dhcp bool) network {
