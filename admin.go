@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strconv"
 	"text/tabwriter"
 	"time"
 
@@ -106,14 +107,14 @@ func failed(c *cli.Context, err error) error {
 // printMachines prints machines as a table of at most 100 columns.
 func printMachines(w io.Writer, machines []driver.Machine) error {
 	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(table, "JOB\tPROJECT\tIMAGE\tAGE\tSTATE\tADDRESS\tDISK")
+	fmt.Fprintln(table, "JOB\tPROJECT\tIMAGE\tSTART\tAGE\tSTATE\tADDRESS\tDISK")
 	for _, m := range machines {
 		disk := "none"
 		if m.Volume != "" {
 			disk = settings.FormatSize(whole(m.Disk))
 		}
-		fmt.Fprintf(table, "%d\t%d\t%s\t%s\t%s\t%s\t%s\n", m.Job, m.Project, dash(clip(m.Image, 20)), age(m.Created),
-			clip(m.State, 28), dash(clip(m.Address, 21)), disk)
+		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", number(m.Job), number(m.Project), dash(clip(m.Image, 18)), m.Start, age(m.Created),
+			clip(m.State, 24), dash(clip(m.Address, 21)), disk)
 	}
 	return table.Flush()
 }
@@ -153,6 +154,14 @@ func age(made time.Time) string {
 		return fmt.Sprintf("%dh%02dm", int(d.Hours()), int(d.Minutes())%60)
 	}
 	return fmt.Sprintf("%dd", int(d.Hours()/24))
+}
+
+// number shows an id of GitLab's, which are never 0.
+func number(id int64) string {
+	if id == 0 {
+		return "-"
+	}
+	return strconv.FormatInt(id, 10)
 }
 
 func dash(text string) string {

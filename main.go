@@ -179,7 +179,7 @@ func keepCommand() *cli.Command {
 	return &cli.Command{
 		Name:      "keep",
 		Hidden:    true,
-		UsageText: "libvirt-driver keep DIR MACHINE",
+		UsageText: "libvirt-driver keep DIR DOMAIN",
 		Action: func(c *cli.Context) error {
 			if c.NArg() != 2 {
 				return errors.New("keep is for the driver itself to call")

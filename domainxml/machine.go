@@ -90,7 +90,7 @@ func (m Machine) XML() (string, error) {
 	domain := libvirtxml.Domain{
 		Type:     m.Host.VirtType,
 		Name:     m.Name,
-		Title:    fmt.Sprintf("GitLab job %d of project %d", m.Metadata.Job, m.Metadata.Project),
+		Title:    m.Metadata.title(),
 		Metadata: &libvirtxml.DomainMetadata{XML: metadata},
 		Memory:   &libvirtxml.DomainMemory{Value: uint(m.Memory / 1024), Unit: "KiB"},
 		VCPU:     &libvirtxml.DomainVCPU{Value: m.VCPUs, Placement: "static"},

@@ -31,7 +31,12 @@ type Metadata struct {
 	Volume string `xml:"volume"`
 	// Network is the libvirt network that lends the guest its address.
 	Network string `xml:"network"`
-	// Created is when prepare made the machine, in UTC, to the second.
+	// Start is how a machine came to be that was made before its job was known:
+	// "standby" or "memory". Machine is then the job's name for it, empty while it
+	// is nobody's; the domain has a name of its own.
+	Start   string `xml:"start,omitempty"`
+	Machine string `xml:"machine,omitempty"`
+	// Created is when the machine was made, in UTC, to the second.
 	Created time.Time `xml:"created"`
 	// Owner is the process that had the machine made.
 	Owner string `xml:"owner,omitempty"`
@@ -50,6 +55,14 @@ type element struct {
 	// calls for metadata add and remove it themselves.
 	NS string `xml:"xmlns,attr,omitempty"`
 	Metadata
+}
+
+// title says whose machine it is to people who look at a list of domains.
+func (m Metadata) title() string {
+	if m.Job == 0 {
+		return "made ahead for a GitLab job, image " + m.Image
+	}
+	return fmt.Sprintf("GitLab job %d of project %d", m.Job, m.Project)
 }
 
 // Element returns m as virDomainSetMetadata takes it.

@@ -67,10 +67,7 @@ func (h *Host) idle(machine string, made time.Time) (since time.Time, ok bool, e
 	return info.ModTime(), true, nil
 }
 
-// forget removes the record of a machine that is gone.
+// forget removes the records of a machine that is gone.
 func (h *Host) forget(machine string) error {
-	if err := os.Remove(h.activity(machine)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	return nil
+	return errors.Join(gone(os.Remove(h.bindingPath(machine))), gone(os.Remove(h.activity(machine))))
 }

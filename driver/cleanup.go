@@ -144,31 +144,40 @@ func (l *leftover) report(cause error) error {
 // goes last: it names the volume, so that an attempt cut short is not the last
 // that knows of it.
 func (h *Host) remove(ctx context.Context, name string, job gitlab.Job) (found bool, left leftover) {
-	text, found, err := h.Hypervisor.Metadata(ctx, name, domainxml.Namespace)
+	domain, err := h.domainOf(name)
 	if err != nil {
-		left.add(err, "domain %s", name)
+		left.add(err, "machine %s", name)
+		return found, left
+	}
+	text, found, err := h.Hypervisor.Metadata(ctx, domain, domainxml.Namespace)
+	if err != nil {
+		left.add(err, "domain %s", domain)
 		return found, left
 	}
 	pools, networks, own := h.Settings.Pools(), h.Settings.Networks(), ""
 	if found {
 		metadata, _ := domainxml.ParseMetadata(text)
-		if !owned(text, job) {
-			left.add(fmt.Errorf("domain %s %w: remove it with virsh undefine --nvram %s", name, errForeign, name), "domain %s", name)
+		if !owned(text, domain, job) {
+			left.add(fmt.Errorf("domain %s %w: remove it with virsh undefine --nvram %[1]s", domain, errForeign), "domain %s", domain)
 			return found, left
 		}
 		// What the settings said when the machine was made still counts.
 		pools, networks, own = with(pools, metadata.Pool), with(networks, metadata.Network), metadata.Pool
-		if err := h.Hypervisor.DestroyDomain(ctx, name); err != nil {
-			left.add(err, "domain %s", name)
+		if err := h.Hypervisor.DestroyDomain(ctx, domain); err != nil {
+			left.add(err, "domain %s", domain)
 			return found, left
 		}
 	}
-	left.add(h.endKeeper(ctx, name), "the process that keeps its connection")
+	left.add(h.endKeeper(ctx, domain), "the process that keeps its connection")
 	// The DHCP server takes its time, and nothing else waits for it.
-	released := h.releaseLeases(ctx, networks, macAddress(name))
+	released := h.releaseLeases(ctx, networks, macAddress(domain))
 	defer released()
+	volumes := []string{volumeName(name), identityVolume(name)}
+	if domain != name {
+		volumes = append(volumes, volumeName(domain), identityVolume(domain))
+	}
 	for _, pool := range pools {
-		for _, volume := range []string{volumeName(name), identityVolume(name)} {
+		for _, volume := range volumes {
 			some, err := h.Hypervisor.DeleteVolume(ctx, pool, volume)
 			found = found || some
 			if errors.Is(err, hypervisor.ErrInactive) && pool != own {
@@ -180,9 +189,9 @@ func (h *Host) remove(ctx context.Context, name string, job gitlab.Job) (found b
 		}
 	}
 	if len(left.things) == 0 {
-		left.add(h.Hypervisor.UndefineDomain(ctx, name), "domain %s", name)
+		left.add(h.Hypervisor.UndefineDomain(ctx, domain), "domain %s", domain)
 	}
-	left.add(h.removeLogs(name), "logs in %s", h.Settings.LogDir)
+	left.add(h.removeLogs(domain), "logs in %s", h.Settings.LogDir)
 	return found, left
 }
 

@@ -17,6 +17,8 @@ import (
 // found out, and what the settings were then, which every sub-stage needs. Only
 // a guest that shows this host key is the job's.
 type contact struct {
+	// Domain is libvirt's name of the machine, where that is not the job's.
+	Domain string `json:"domain,omitempty"`
 	// Address is the SSH server's, host:port.
 	Address string `json:"address"`
 	// HostKey is in authorized_keys format.
@@ -42,6 +44,14 @@ func parseContact(doc []byte) (contact, error) {
 		return contact{}, errors.New("not complete: was the machine prepared by another version of the driver?")
 	}
 	return c, nil
+}
+
+// on returns c for a machine that is this domain.
+func (c contact) on(domain, machine string) contact {
+	if domain != machine {
+		c.Domain = domain
+	}
+	return c
 }
 
 // of returns c for a guest of image.
@@ -75,10 +85,10 @@ func (s *Stage) handOver(ctx context.Context, m machine, c contact) error {
 	if err != nil {
 		return err
 	}
-	if err := s.Hypervisor.SetMetadata(ctx, m.name, domainxml.Namespace, domainxml.NamespacePrefix, text); err != nil {
+	if err := s.Hypervisor.SetMetadata(ctx, m.domain, domainxml.Namespace, domainxml.NamespacePrefix, text); err != nil {
 		return err
 	}
-	doc, err := json.Marshal(c.of(m.image))
+	doc, err := json.Marshal(c.on(m.domain, m.name).of(m.image))
 	if err != nil {
 		return err
 	}
@@ -104,7 +114,11 @@ func (s *Stage) contact(ctx context.Context, machine string) (contact, error) {
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, reconnect, fmt.Errorf("not known after %v", reconnect))
 	defer cancel()
-	text, found, err := s.Hypervisor.Metadata(ctx, machine, domainxml.Namespace)
+	domain, err := s.domainOf(machine)
+	if err != nil {
+		return contact{}, err
+	}
+	text, found, err := s.Hypervisor.Metadata(ctx, domain, domainxml.Namespace)
 	if err != nil {
 		return contact{}, err
 	}
@@ -123,5 +137,5 @@ func (s *Stage) contact(ctx context.Context, machine string) (contact, error) {
 		return contact{}, fmt.Errorf("%s is gone, and with it the key to the job's machine %s, which was made for this attempt at the job alone: start the job again",
 			s.contactPath(), machine)
 	}
-	return contact{Address: metadata.Address, HostKey: metadata.HostKey}.of(image), nil
+	return contact{Address: metadata.Address, HostKey: metadata.HostKey}.on(domain, machine).of(image), nil
 }

@@ -80,29 +80,37 @@ func (s *Stage) halt(ctx context.Context, name string, job gitlab.Job) (bool, er
 	if s.StartFinisher == nil {
 		return false, nil
 	}
-	text, found, err := s.Hypervisor.Metadata(ctx, name, domainxml.Namespace)
-	if err != nil || !found || !owned(text, job) {
+	domain, err := s.domainOf(name)
+	if err != nil {
+		return false, err
+	}
+	text, found, err := s.Hypervisor.Metadata(ctx, domain, domainxml.Namespace)
+	if err != nil || !found || !owned(text, domain, job) {
 		return false, err
 	}
 	metadata, _ := domainxml.ParseMetadata(text)
 	if _, err := s.Hypervisor.PoolSpace(ctx, metadata.Pool); err != nil {
 		return false, err
 	}
-	if err := errors.Join(s.endKeeper(ctx, name), s.markOver(name)); err != nil {
+	if err := errors.Join(s.endKeeper(ctx, domain), s.markOver(name)); err != nil {
 		return false, err
 	}
-	if err := s.Hypervisor.SuspendDomain(ctx, name); err != nil {
+	if err := s.Hypervisor.SuspendDomain(ctx, domain); err != nil {
 		return false, err
 	}
-	state, err := s.Hypervisor.State(ctx, name)
+	state, err := s.Hypervisor.State(ctx, domain)
 	return err == nil && state.Kind == hypervisor.Paused, err
 }
 
 // owned reports whether metadata is of a machine that the driver made for the
-// job.
-func owned(text string, job gitlab.Job) bool {
+// job, or made before it had one: the record that binds such a machine to its job
+// comes first.
+func owned(text, domain string, job gitlab.Job) bool {
 	metadata, err := domainxml.ParseMetadata(text)
-	return text != "" && err == nil && metadata.Job == job.ID && metadata.Project == job.Project
+	if text == "" || err != nil {
+		return false
+	}
+	return metadata.Job == job.ID && metadata.Project == job.Project || metadata.Job == 0 && startOf(domain) != ""
 }
 
 // over is what the record of a machine's stages holds when its cleanup has

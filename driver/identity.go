@@ -52,7 +52,7 @@ func (s *Stage) inject(ctx context.Context, m machine) (path string, err error) 
 		return "", nil
 	}
 	begun := time.Now()
-	volume, err := s.Hypervisor.CreateSecret(ctx, m.image.Pool, identityVolume(m.name), []byte(provision(m.image, m.keys)))
+	volume, err := s.Hypervisor.CreateSecret(ctx, m.image.Pool, identityVolume(m.domain), []byte(provision(m.image, m.keys)))
 	if err != nil {
 		return "", fmt.Errorf("hand the guest its keys: %w", err)
 	}
@@ -67,7 +67,7 @@ func (s *Stage) blank(ctx context.Context, m machine) error {
 	if m.keys.host == nil {
 		return nil
 	}
-	if err := s.Hypervisor.WipeVolume(ctx, m.image.Pool, identityVolume(m.name)); err != nil {
+	if err := s.Hypervisor.WipeVolume(ctx, m.image.Pool, identityVolume(m.domain)); err != nil {
 		return fmt.Errorf("wipe the guest's keys off the host's disk: %w", err)
 	}
 	return nil
@@ -154,7 +154,7 @@ func (s *Stage) askForKey(ctx context.Context, m machine) (key, print string, er
 func (s *Stage) tryAgent(ctx context.Context, m machine) (key, print string, err error) {
 	var failures []error
 	for _, file := range hostKeyFiles {
-		text, err := s.Hypervisor.ReadGuestFile(ctx, m.name, file)
+		text, err := s.Hypervisor.ReadGuestFile(ctx, m.domain, file)
 		if errors.Is(err, hypervisor.ErrNoAgent) || errors.Is(err, hypervisor.ErrAgentRefuses) || ctx.Err() != nil {
 			return "", "", err
 		}
@@ -162,7 +162,7 @@ func (s *Stage) tryAgent(ctx context.Context, m machine) (key, print string, err
 			key, print, err = sshexec.CheckHostKey(string(text))
 		}
 		if err == nil {
-			return key, print, s.Hypervisor.AuthorizeKey(ctx, m.name, m.image.User, m.keys.client.Public())
+			return key, print, s.Hypervisor.AuthorizeKey(ctx, m.domain, m.image.User, m.keys.client.Public())
 		}
 		failures = append(failures, fmt.Errorf("%s: %w", file, err))
 	}

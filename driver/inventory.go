@@ -18,7 +18,15 @@ import (
 
 // Machine is what a host has of one of the driver's machines.
 type Machine struct {
-	Name    string `json:"name"`
+	// Name is the job's name for it; that of a machine which is nobody's yet is
+	// Domain.
+	Name string `json:"name"`
+	// Domain is libvirt's name for it.
+	Domain string `json:"domain"`
+	// Start is how it came to be: "boot", or, made before its job, "standby" or
+	// "memory".
+	Start string `json:"start"`
+	// Job and Project are 0 for a machine that is nobody's yet.
 	Job     int64  `json:"job"`
 	Project int64  `json:"project"`
 	JobURL  string `json:"job_url,omitempty"`
@@ -82,18 +90,22 @@ func (h *Host) list(ctx context.Context, inactive func(pool string)) ([]Machine,
 	if err != nil {
 		return nil, err
 	}
-	machines := map[string]*Machine{}
+	var list []*Machine
+	machines := map[string]*Machine{} // by both names
 	pools := h.Settings.Pools()
 	for _, domain := range domains {
 		metadata, err := domainxml.ParseMetadata(domain.Metadata)
-		job, ok := parseMachine(domain.Name)
-		if err != nil || !ok || metadata.Job != job.ID || metadata.Project != job.Project {
+		name, ok := machineOf(domain.Name, metadata)
+		if err != nil || !ok {
 			continue
 		}
-		machines[domain.Name] = &Machine{
-			Name: domain.Name, Job: job.ID, Project: job.Project, JobURL: metadata.JobURL, Image: metadata.Image,
+		machine := &Machine{
+			Name: name, Domain: domain.Name, Start: cmp.Or(startOf(domain.Name), "boot"),
+			Job: metadata.Job, Project: metadata.Project, JobURL: metadata.JobURL, Image: metadata.Image,
 			Created: metadata.Created, State: domain.State.String(), Address: metadata.Address, owner: metadata.Owner,
 		}
+		list = append(list, machine)
+		machines[name], machines[domain.Name] = machine, machine
 		pools = with(pools, metadata.Pool)
 	}
 	for _, pool := range pools {
@@ -114,12 +126,17 @@ func (h *Host) list(ctx context.Context, inactive func(pool string)) ([]Machine,
 				}
 			}
 			job, ok := parseMachine(name)
-			if !ok {
+			start := startOf(name)
+			if !ok && start == "" {
 				continue
 			}
 			machine := machines[name]
 			if machine == nil {
-				machine = &Machine{Name: name, Job: job.ID, Project: job.Project, State: noDomain, Created: volume.Modified}
+				machine = &Machine{
+					Name: name, Domain: name, Start: cmp.Or(start, "boot"),
+					Job: job.ID, Project: job.Project, State: noDomain, Created: volume.Modified,
+				}
+				list = append(list, machine)
 				machines[name] = machine
 			}
 			machine.Disk += volume.Allocation
@@ -128,12 +145,27 @@ func (h *Host) list(ctx context.Context, inactive func(pool string)) ([]Machine,
 			}
 		}
 	}
-	var list []Machine
-	for _, machine := range machines {
-		list = append(list, *machine)
+	var sorted []Machine
+	for _, machine := range list {
+		sorted = append(sorted, *machine)
 	}
-	slices.SortFunc(list, func(a, b Machine) int {
+	slices.SortFunc(sorted, func(a, b Machine) int {
 		return cmp.Or(a.Created.Compare(b.Created), cmp.Compare(a.Name, b.Name))
 	})
-	return list, nil
+	return sorted, nil
+}
+
+// machineOf returns the job's name for the machine that a domain is, or the
+// domain's own while it is nobody's. It reports false for a domain that is not
+// the driver's: the name and the metadata disagree.
+func machineOf(domain string, metadata domainxml.Metadata) (string, bool) {
+	switch name := cmp.Or(metadata.Machine, domain); {
+	case startOf(domain) == "" && name != domain, startOf(domain) != metadata.Start:
+		return "", false
+	case startOf(name) != "":
+		return name, metadata.Machine == "" && metadata.Job == 0
+	default:
+		job, ok := parseMachine(name)
+		return name, ok && metadata.Job == job.ID && metadata.Project == job.Project
+	}
 }

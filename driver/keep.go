@@ -51,14 +51,14 @@ var outcomes = []error{errors.New("no session is possible"), sshexec.ErrUnreacha
 // Keep is the keeper's whole life. It returns when the connection is lost, or
 // when calls end before it was told to go on by itself, as they do when prepare
 // dies. dir is the folder for locks.
-func Keep(ctx context.Context, dir, machine string, calls io.ReadCloser, answers io.WriteCloser) error {
-	leave, err := register(dir, machine)
+func Keep(ctx context.Context, dir, domain string, calls io.ReadCloser, answers io.WriteCloser) error {
+	leave, err := register(dir, domain)
 	if err != nil {
 		return err
 	}
 	defer leave()
 	syscall.Umask(0o077) // the socket is for this user alone, whatever became of its folder
-	l, err := net.Listen("unix", relayPath(dir, machine))
+	l, err := net.Listen("unix", relayPath(dir, domain))
 	if err != nil {
 		return fmt.Errorf("make a socket for sub-stages: %w", err)
 	}

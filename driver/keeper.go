@@ -29,10 +29,10 @@ type Keeper struct {
 	failed  bool // it cannot be used
 }
 
-// StartKeeper starts a machine's keeper: this program, as "keep DIR MACHINE",
+// StartKeeper starts a machine's keeper: this program, as "keep DIR DOMAIN",
 // in a session of its own, so that what ends the stages ends it only with the
 // machine. It gets nothing of the job's environment and no open file.
-func StartKeeper(dir, machine string) (*Keeper, error) {
+func StartKeeper(dir, domain string) (*Keeper, error) {
 	calls, answers, theirs, err := pipes()
 	if err != nil {
 		return nil, err
@@ -42,7 +42,7 @@ func StartKeeper(dir, machine string) (*Keeper, error) {
 			f.Close()
 		}
 	}()
-	pid, err := spawn([]string{"keep", dir, machine}, nil, theirs...)
+	pid, err := spawn([]string{"keep", dir, domain}, nil, theirs...)
 	if err != nil {
 		calls.Close()
 		answers.Close()
@@ -79,7 +79,7 @@ func (s *Stage) startKeeper(m machine) *Keeper {
 	if s.StartKeeper == nil {
 		return nil
 	}
-	keeper, err := s.StartKeeper(s.LockDir, m.name)
+	keeper, err := s.StartKeeper(s.LockDir, m.domain)
 	if err != nil {
 		s.Log.Note("every sub-stage will log in anew: %v", err)
 	}
@@ -146,30 +146,30 @@ func (k *Keeper) release(keep bool) {
 
 // keeperPath returns the file by which a machine's keeper is known: it holds the
 // keeper's process id, and the keeper a lock on it while it lives.
-func keeperPath(dir, machine string) string { return filepath.Join(dir, machine+".keeper") }
+func keeperPath(dir, domain string) string { return filepath.Join(dir, domain+".keeper") }
 
 // relayPath returns the socket at which sub-stages find the keeper. A socket's
 // path has 107 bytes at most, and a machine's name can be longer.
-func relayPath(dir, machine string) string {
-	sum := sha256.Sum256([]byte(machine))
+func relayPath(dir, domain string) string {
+	sum := sha256.Sum256([]byte(domain))
 	return filepath.Join(dir, fmt.Sprintf("%x.ssh", sum[:12]))
 }
 
 // register makes this process a machine's keeper until leave is called.
-func register(dir, machine string) (leave func(), err error) {
-	path := keeperPath(dir, machine)
+func register(dir, domain string) (leave func(), err error) {
+	path := keeperPath(dir, domain)
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|syscall.O_NOFOLLOW, 0o600)
 	if err != nil {
-		return nil, fmt.Errorf("keep the connection to %s: %w", machine, err)
+		return nil, fmt.Errorf("keep the connection to %s: %w", domain, err)
 	}
 	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
 		f.Close()
-		return nil, fmt.Errorf("keep the connection to %s: another process does: %w", machine, err)
+		return nil, fmt.Errorf("keep the connection to %s: another process does: %w", domain, err)
 	}
-	os.Remove(relayPath(dir, machine)) // of one that was killed
+	os.Remove(relayPath(dir, domain)) // of one that was killed
 	if _, err := f.WriteAt([]byte(strconv.Itoa(os.Getpid())), 0); err != nil {
 		f.Close()
-		return nil, fmt.Errorf("keep the connection to %s: %w", machine, err)
+		return nil, fmt.Errorf("keep the connection to %s: %w", domain, err)
 	}
 	return func() {
 		os.Remove(path)
@@ -179,8 +179,8 @@ func register(dir, machine string) (leave func(), err error) {
 
 // endKeeper ends the keeper of a machine, if there is one, and removes its
 // files.
-func (h *Host) endKeeper(ctx context.Context, machine string) error {
-	path := keeperPath(h.LockDir, machine)
+func (h *Host) endKeeper(ctx context.Context, domain string) error {
+	path := keeperPath(h.LockDir, domain)
 	f, err := os.Open(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -198,14 +198,14 @@ func (h *Host) endKeeper(ctx context.Context, machine string) error {
 			return fmt.Errorf("lock %s: %w", path, err)
 		}
 		if err := kill(f); err != nil {
-			return fmt.Errorf("end the process that keeps the connection to %s: %w", machine, err)
+			return fmt.Errorf("end the process that keeps the connection to %s: %w", domain, err)
 		}
 		pause(ctx, backoff(try)/10)
 		if ctx.Err() != nil {
-			return fmt.Errorf("end the process that keeps the connection to %s: %w", machine, context.Cause(ctx))
+			return fmt.Errorf("end the process that keeps the connection to %s: %w", domain, context.Cause(ctx))
 		}
 	}
-	return errors.Join(gone(os.Remove(relayPath(h.LockDir, machine))), gone(os.Remove(path)))
+	return errors.Join(gone(os.Remove(relayPath(h.LockDir, domain))), gone(os.Remove(path)))
 }
 
 // kill kills the process whose id is in f, and that held a lock on f when it was
@@ -245,8 +245,8 @@ func gone(err error) error {
 
 // enterRelay connects to a machine's keeper. A keeper that does not answer at
 // once is as good as none.
-func (s *Stage) enterRelay(ctx context.Context, machine string, c contact) (Shell, error) {
+func (s *Stage) enterRelay(ctx context.Context, domain string, c contact) (Shell, error) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	return s.Connect(ctx, sshexec.Target{Address: relayPath(s.LockDir, machine), HostKey: c.Relay})
+	return s.Connect(ctx, sshexec.Target{Address: relayPath(s.LockDir, domain), HostKey: c.Relay})
 }

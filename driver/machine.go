@@ -26,6 +26,9 @@ const (
 type machine struct {
 	job  gitlab.Job
 	name string
+	// domain is libvirt's name of it: the same, but for a machine that was made
+	// before its job was known.
+	domain string
 	// image is what the machine is made of, sized as the job asked.
 	image settings.Image
 	// volume is the overlay's name.
@@ -63,7 +66,7 @@ func (s *Stage) plan() (machine, error) {
 		return machine{}, &gitlab.BuildError{Err: fmt.Errorf("job variable LIBVIRT_DRIVER_%s: %w", field(err), err)}
 	}
 	name := job.Machine()
-	return machine{job: job, name: name, image: image, volume: volumeName(name), mac: macAddress(name), made: time.Now(),
+	return machine{job: job, name: name, domain: name, image: image, volume: volumeName(name), mac: macAddress(name), made: time.Now(),
 		owner: cmp.Or(s.Owner, os.Getppid())}, nil
 }
 
@@ -97,25 +100,25 @@ func (s *Stage) identify() (gitlab.Job, error) {
 // volumeSuffix is what an overlay's name has more than its machine's.
 const volumeSuffix = ".qcow2"
 
-// volumeName returns the name of a machine's overlay.
-func volumeName(machine string) string { return machine + volumeSuffix }
+// volumeName returns the name of a machine's, or a domain's, overlay.
+func volumeName(name string) string { return name + volumeSuffix }
 
-// macAddress returns a machine's MAC address. It follows from the name, so that
+// macAddress returns a domain's MAC address. It follows from the name, so that
 // a second attempt at the same job does not take a second lease. 52:54 begins
 // the range that QEMU uses, locally administered and unicast; the other 32 bits
 // keep any two machines of a host apart.
-func macAddress(machine string) string {
-	sum := sha256.Sum256([]byte(machine))
+func macAddress(domain string) string {
+	sum := sha256.Sum256([]byte(domain))
 	return fmt.Sprintf("52:54:%02x:%02x:%02x:%02x", sum[0], sum[1], sum[2], sum[3])
 }
 
 // consoleLog returns the host's file with what a guest wrote to its serial
 // console.
-func (h *Host) consoleLog(machine string) string {
-	return filepath.Join(h.Settings.LogDir, machine+"-console.log")
+func (h *Host) consoleLog(domain string) string {
+	return filepath.Join(h.Settings.LogDir, domain+"-console.log")
 }
 
-// qemuLog returns the host's file in which libvirt itself logs a machine's QEMU.
-func qemuLog(machine string) string {
-	return filepath.Join("/var/log/libvirt/qemu", machine+".log")
+// qemuLog returns the host's file in which libvirt itself logs a domain's QEMU.
+func qemuLog(domain string) string {
+	return filepath.Join("/var/log/libvirt/qemu", domain+".log")
 }

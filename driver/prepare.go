@@ -43,7 +43,7 @@ func (s *Stage) Prepare(ctx context.Context) error {
 	defer func() { keeper.release(ready) }()
 	contact, err := s.reach(ctx, m, keeper)
 	if err != nil {
-		s.showConsole(m.name)
+		s.showConsole(m.domain)
 		return err
 	}
 	asking, cancel := context.WithTimeoutCause(ctx, creation, errSlow)
@@ -205,7 +205,7 @@ func (s *Stage) startMachine(ctx context.Context, m machine, disk disk, identity
 		return host, err
 	}
 	text, err := domainxml.Machine{
-		Name: m.name,
+		Name: m.domain,
 		Host: domainxml.Host{
 			VirtType: host.VirtType, Arch: host.Arch, MachineType: host.MachineType,
 			HostPassthrough: host.HostPassthrough, MaximumCPU: host.MaximumCPU,
@@ -225,17 +225,17 @@ func (s *Stage) startMachine(ctx context.Context, m machine, disk disk, identity
 		Limits: domainxml.Limits{
 			DiskRate: m.image.DiskRate, DiskIOPS: uint64(m.image.DiskIOPS), NetworkRate: m.image.NetworkRate,
 		},
-		ConsoleLog: s.consoleLog(m.name),
+		ConsoleLog: s.consoleLog(m.domain),
 		Provision:  identity,
 		Metadata:   metadata,
 	}.XML()
 	if err != nil {
 		return host, err
 	}
-	if err := s.Hypervisor.DefineDomain(ctx, m.name, text); err != nil {
+	if err := s.Hypervisor.DefineDomain(ctx, m.domain, text); err != nil {
 		return host, err
 	}
-	err = s.Hypervisor.StartDomain(ctx, m.name)
+	err = s.Hypervisor.StartDomain(ctx, m.domain)
 	if err != nil {
 		// Libvirt's error does not tell a network from what else a domain needs.
 		if _, why := s.Hypervisor.KeepsLeases(ctx, m.image.Network); why != nil {
@@ -260,9 +260,13 @@ func bootsByUEFI(image settings.Image, arch string) bool {
 
 func (m machine) metadata() (domainxml.Metadata, error) {
 	owner, err := process(m.owner)
-	return domainxml.Metadata{
+	metadata := domainxml.Metadata{
 		Job: m.job.ID, Project: m.job.Project, Runner: m.job.Runner, JobURL: m.job.URL,
 		Image: m.image.Name, Pool: m.image.Pool, Volume: m.volume, Network: m.image.Network,
-		Created: m.made, Owner: owner.String(),
-	}, err
+		Created: m.made, Owner: owner.String(), Start: startOf(m.domain),
+	}
+	if m.domain != m.name {
+		metadata.Machine = m.name
+	}
+	return metadata, err
 }

@@ -24,7 +24,7 @@ const (
 
 // reach waits until the new machine answers over SSH, for as long as it runs.
 func (s *Stage) reach(ctx context.Context, m machine, keeper *Keeper) (contact, error) {
-	ctx, stop := s.followed(ctx, m.name, func(state hypervisor.State) bool {
+	ctx, stop := s.followed(ctx, m.domain, func(state hypervisor.State) bool {
 		return state.Kind != hypervisor.Running
 	})
 	defer stop()
@@ -141,7 +141,7 @@ func (s *Stage) locate(ctx context.Context, m machine) (locator, error) {
 func (s *Stage) ask(m machine, sources ...hypervisor.AddressSource) locator {
 	return func(ctx context.Context) (netip.Addr, error) {
 		for _, source := range sources {
-			addresses, err := s.Hypervisor.Addresses(ctx, m.name, m.mac, source)
+			addresses, err := s.Hypervisor.Addresses(ctx, m.domain, m.mac, source)
 			if err != nil {
 				return netip.Addr{}, err
 			}

@@ -1,6 +1,7 @@
 package driver
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -46,13 +47,14 @@ func (s *Stage) Run(ctx context.Context, script string) error {
 	if err != nil {
 		return err
 	}
-	watched, stop := s.followed(ctx, machine, func(state hypervisor.State) bool {
+	domain := cmp.Or(contact.Domain, machine)
+	watched, stop := s.followed(ctx, domain, func(state hypervisor.State) bool {
 		return state.Kind != hypervisor.Running && !state.ByHand
 	})
 	defer stop()
-	shell, err := s.enter(watched, machine, contact)
+	shell, err := s.enter(watched, domain, contact)
 	if err != nil {
-		return s.explain(ctx, watched, machine, err)
+		return s.explain(ctx, watched, domain, err)
 	}
 	err = s.perform(ctx, watched, shell, contact.Shell, text)
 	if errors.Is(err, sshexec.ErrRefused) && contact.Relay != "" {
@@ -60,8 +62,8 @@ func (s *Stage) Run(ctx context.Context, script string) error {
 		// guest's server allows to one connection.
 		shell.Close()
 		contact.Relay = ""
-		if shell, err = s.enter(watched, machine, contact); err != nil {
-			return s.explain(ctx, watched, machine, err)
+		if shell, err = s.enter(watched, domain, contact); err != nil {
+			return s.explain(ctx, watched, domain, err)
 		}
 		err = s.perform(ctx, watched, shell, contact.Shell, text)
 	}
@@ -74,7 +76,7 @@ func (s *Stage) Run(ctx context.Context, script string) error {
 		}
 		return &gitlab.BuildError{Err: exit, ExitCode: exit.Code}
 	case err != nil:
-		return s.explain(ctx, watched, machine, err)
+		return s.explain(ctx, watched, domain, err)
 	}
 	return nil
 }
@@ -102,9 +104,9 @@ func (s *Stage) perform(ctx, watched context.Context, guest Shell, shell string,
 
 // enter opens a connection to the guest that prepare was in: by way of the
 // machine's keeper where there is one.
-func (s *Stage) enter(ctx context.Context, machine string, contact contact) (Shell, error) {
+func (s *Stage) enter(ctx context.Context, domain string, contact contact) (Shell, error) {
 	if contact.Relay != "" {
-		if shell, err := s.enterRelay(ctx, machine, contact); err == nil {
+		if shell, err := s.enterRelay(ctx, domain, contact); err == nil {
 			return shell, nil
 		}
 	}
@@ -142,7 +144,7 @@ func (s *Stage) alive(ctx context.Context, shell Shell) bool {
 
 // explain says why a sub-stage was cut short: it was told to stop, or the guest
 // is lost, or else the connection alone.
-func (s *Stage) explain(ctx, watched context.Context, machine string, err error) error {
+func (s *Stage) explain(ctx, watched context.Context, domain string, err error) error {
 	if ctx.Err() != nil {
 		return err
 	}
@@ -153,12 +155,12 @@ func (s *Stage) explain(ctx, watched context.Context, machine string, err error)
 	}
 	var lost *guestLost
 	if errors.As(context.Cause(watched), &lost) {
-		s.showConsole(machine)
+		s.showConsole(domain)
 		return lost
 	}
 	asking, cancel := context.WithTimeout(ctx, time.Second)
 	defer cancel()
-	if _, unknown := s.Hypervisor.State(asking, machine); unknown != nil {
+	if _, unknown := s.Hypervisor.State(asking, domain); unknown != nil {
 		return fmt.Errorf("the connection to the guest failed, and libvirtd does not say whether it still runs: %w", err)
 	}
 	return fmt.Errorf("the guest still runs, but the connection to it failed: %w", err)

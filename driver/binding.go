@@ -1,0 +1,79 @@
+package driver
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"regexp"
+)
+
+// A domain that was made before its job was known has a name of its own, as
+// libvirt renames none that runs. It becomes the job's machine by a record in
+// the folder for locks, which every later stage, and gc, goes by. What belongs
+// to the domain is named after the domain: its keeper, its console's log, its
+// MAC address. What belongs to stages is named after the machine: locks, and
+// the record.
+
+// The ways in which a domain can be made before its job, as they are in its
+// name and its metadata.
+const (
+	startStandby = "standby"
+	startMemory  = "memory"
+)
+
+// ownForm is the form of the name of a domain that was made before its job.
+var ownForm = regexp.MustCompile(`^libvirt-driver-(` + startStandby + `|` + startMemory + `)-[0-9a-f]{12}$`)
+
+// startOf returns the way in which a domain was made before its job, or nothing.
+func startOf(domain string) string {
+	if m := ownForm.FindStringSubmatch(domain); m != nil {
+		return m[1]
+	}
+	return ""
+}
+
+// binding is the record of a machine whose domain has a name of its own.
+type binding struct {
+	Domain string `json:"domain"`
+}
+
+// bindingPath returns the file of a machine's record.
+func (h *Host) bindingPath(machine string) string {
+	return filepath.Join(h.LockDir, machine+".machine")
+}
+
+// bind records that a domain is a machine's. It is in force even if this
+// process ends at once.
+func (h *Host) bind(machine, domain string) error {
+	doc, err := json.Marshal(binding{domain})
+	if err == nil {
+		err = os.WriteFile(h.bindingPath(machine), doc, 0o600)
+	}
+	if err != nil {
+		return fmt.Errorf("record that %s is the job's machine: %w", domain, err)
+	}
+	return nil
+}
+
+// domainOf returns libvirt's name of a machine.
+func (h *Host) domainOf(machine string) (string, error) {
+	path := h.bindingPath(machine)
+	doc, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return machine, nil
+	}
+	var b binding
+	if err == nil {
+		err = json.Unmarshal(doc, &b)
+	}
+	switch {
+	case err != nil:
+		return "", fmt.Errorf("read which domain the machine %s is: %s: %w", machine, path, err)
+	case startOf(b.Domain) == "":
+		return "", fmt.Errorf("read which domain the machine %s is: %s: not a name that the driver gives: %q", machine, path, b.Domain)
+	}
+	return b.Domain, nil
+}
