@@ -173,6 +173,14 @@ func (h *host) Watch(ctx context.Context, _ string, done func(hypervisor.State) 
 	}
 }
 
+func (h *host) Reserve(_ context.Context, network, mac string) (netip.Addr, error) {
+	return netip.MustParseAddr("192.0.2.7"), h.note("Reserve", network, mac)
+}
+
+func (h *host) Unreserve(_ context.Context, network, mac string) error {
+	return h.note("Unreserve", network, mac)
+}
+
 func (h *host) KeepsLeases(context.Context, string) (bool, error) { return true, h.note("KeepsLeases") }
 
 func (h *host) Leases(context.Context, string, string) ([]hypervisor.Lease, error) {

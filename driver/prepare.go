@@ -108,6 +108,9 @@ func (s *Stage) create(ctx context.Context, m machine) error {
 		return err
 	}
 	begun = time.Now()
+	if err := s.reserve(ctx, m); err != nil {
+		return err
+	}
 	host, err := s.startMachine(ctx, m, disk, identity)
 	if err != nil {
 		return fmt.Errorf("start machine: %w", errors.Join(err, s.blank(ctx, m)))
@@ -117,6 +120,21 @@ func (s *Stage) create(ctx context.Context, m machine) error {
 	}
 	s.Log.Step("machine", time.Since(begun), "started, %s %s", host.Arch, accelerated(host.VirtType))
 	return nil
+}
+
+// reserve has the network keep an address for the machine, where the guest is to
+// be found by its lease. It gets a kept one at once, and it is found by the lease
+// all the same: where none can be kept, it gets any other, only later. The
+// caller is the one whose turn it is, so that two do not choose the same.
+func (s *Stage) reserve(ctx context.Context, m machine) error {
+	if m.image.Address != settings.AddressAuto && m.image.Address != settings.AddressLease {
+		return nil
+	}
+	_, err := s.Hypervisor.Reserve(ctx, m.image.Network, m.mac)
+	if errors.Is(err, hypervisor.ErrUnreservable) {
+		return nil
+	}
+	return err
 }
 
 func accelerated(virtType string) string {

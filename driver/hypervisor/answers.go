@@ -29,6 +29,7 @@ var answers = map[procedure]any{
 	{remote, 43}:  libvirt.NetworkGetXMLDescRet{},
 	{remote, 44}:  libvirt.NetworkGetAutostartRet{},
 	{remote, 46}:  libvirt.NetworkLookupByNameRet{},
+	{remote, 60}:  libvirt.ConnectSupportsFeatureRet{},
 	{remote, 66}:  libvirt.AuthListRet{},
 	{remote, 70}:  libvirt.AuthPolkitRet{},
 	{remote, 83}:  nil, // StoragePoolRefresh
@@ -57,6 +58,7 @@ var answers = map[procedure]any{
 	{remote, 273}: libvirt.ConnectListAllDomainsRet{},
 	{remote, 282}: libvirt.StoragePoolListAllVolumesRet{},
 	{remote, 286}: libvirt.ConnectListAllNwfiltersRet{},
+	{remote, 291}: nil, // NetworkUpdate
 	{remote, 316}: libvirt.ConnectDomainEventCallbackRegisterAnyRet{},
 	{remote, 317}: nil, // ConnectDomainEventCallbackDeregisterAny
 	{remote, 341}: libvirt.NetworkGetDhcpLeasesRet{},

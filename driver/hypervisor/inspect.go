@@ -2,6 +2,7 @@ package hypervisor
 
 import (
 	"context"
+	"encoding/binary"
 	"fmt"
 	"net/netip"
 	"strconv"
@@ -182,11 +183,23 @@ func (r Range) Size() int {
 	if !r.Start.Is4() || !r.End.Is4() {
 		return 0
 	}
-	number := func(a netip.Addr) int {
-		b := a.As4()
-		return int(b[0])<<24 | int(b[1])<<16 | int(b[2])<<8 | int(b[3])
-	}
-	return max(0, number(r.End)-number(r.Start)+1)
+	return max(0, int(number(r.End))-int(number(r.Start))+1)
+}
+
+// holds reports whether an address is in a range.
+func (r Range) holds(a netip.Addr) bool {
+	return a.Is4() && r.Start.Compare(a) <= 0 && a.Compare(r.End) <= 0
+}
+
+// at returns a range's address number i, from 0.
+func (r Range) at(i int) netip.Addr {
+	return netip.AddrFrom4([4]byte(binary.BigEndian.AppendUint32(nil, number(r.Start)+uint32(i))))
+}
+
+// number returns an address of IPv4 as a number.
+func number(a netip.Addr) uint32 {
+	b := a.As4()
+	return binary.BigEndian.Uint32(b[:])
 }
 
 // Network looks a network up. ErrNotFound when there is none.
@@ -255,15 +268,21 @@ func (n *Network) read(now, later string) error {
 			continue
 		}
 		n.Reserved += len(ip.DHCP.Hosts)
-		for _, r := range ip.DHCP.Ranges {
-			start, errStart := netip.ParseAddr(r.Start)
-			end, errEnd := netip.ParseAddr(r.End)
-			if errStart == nil && errEnd == nil && start.Is4() && end.Is4() {
-				n.Ranges = append(n.Ranges, Range{start, end})
-			}
-		}
+		n.Ranges = append(n.Ranges, lent(ip.DHCP)...)
 	}
 	return nil
+}
+
+// lent returns what a DHCP server lends by IPv4.
+func lent(dhcp *libvirtxml.NetworkDHCP) (ranges []Range) {
+	for _, r := range dhcp.Ranges {
+		start, errStart := netip.ParseAddr(r.Start)
+		end, errEnd := netip.ParseAddr(r.End)
+		if errStart == nil && errEnd == nil && start.Is4() && end.Is4() {
+			ranges = append(ranges, Range{start, end})
+		}
+	}
+	return ranges
 }
 
 // Filters returns the names of the network filters that the host has; none
