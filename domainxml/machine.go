@@ -5,6 +5,7 @@ package domainxml
 
 import (
 	"fmt"
+	"net/netip"
 
 	"libvirt.org/go/libvirtxml"
 )
@@ -38,6 +39,9 @@ type Machine struct {
 	// Filter is the libvirt network filter that the guest's packets pass; it
 	// needs a Linux bridge, too. Optional.
 	Filter string
+	// Address is the one IPv4 address that the filter lets the guest speak as.
+	// Without it libvirt learns one from the guest's first packets. Optional.
+	Address netip.Addr
 	// Limits bounds what the guest may take of the host's disk and network.
 	Limits Limits
 	// ConsoleLog is the host's file that receives what the guest writes to
@@ -273,6 +277,10 @@ func (m Machine) networkInterface() libvirtxml.DomainInterface {
 	}
 	if m.Filter != "" {
 		nic.FilterRef = &libvirtxml.DomainInterfaceFilterRef{Filter: m.Filter}
+		if m.Address.IsValid() {
+			// https://libvirt.org/formatnwfilter.html#usage-of-variables-in-filters
+			nic.FilterRef.Parameters = []libvirtxml.DomainInterfaceFilterParam{{Name: "IP", Value: m.Address.String()}}
+		}
 	}
 	if m.Isolated {
 		nic.PortOptions = &libvirtxml.DomainInterfacePortOptions{Isolated: "yes"}

@@ -45,8 +45,8 @@ type answer struct {
 }
 
 // outcomes are the errors on which prepare decides. The first stands for every
-// other.
-var outcomes = []error{errors.New("no session is possible"), sshexec.ErrUnreachable, sshexec.ErrKeyRejected, sshexec.ErrHostKey}
+// other, and of several that an error is, the last counts.
+var outcomes = []error{errors.New("no session is possible"), sshexec.ErrUnreachable, sshexec.ErrKeyRejected, sshexec.ErrHostKey, syscall.ECONNREFUSED}
 
 // Keep is the keeper's whole life. It returns when the connection is lost, or
 // when calls end before it was told to go on by itself, as they do when prepare

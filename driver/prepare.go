@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"strings"
 	"time"
 
@@ -108,10 +109,11 @@ func (s *Stage) create(ctx context.Context, m machine) error {
 		return err
 	}
 	begun = time.Now()
-	if err := s.reserve(ctx, m); err != nil {
+	address, err := s.reserve(ctx, m)
+	if err != nil {
 		return err
 	}
-	host, err := s.startMachine(ctx, m, disk, identity)
+	host, err := s.startMachine(ctx, m, disk, identity, address)
 	if err != nil {
 		return fmt.Errorf("start machine: %w", errors.Join(err, s.blank(ctx, m)))
 	}
@@ -126,15 +128,15 @@ func (s *Stage) create(ctx context.Context, m machine) error {
 // be found by its lease. It gets a kept one at once, and it is found by the lease
 // all the same: where none can be kept, it gets any other, only later. The
 // caller is the one whose turn it is, so that two do not choose the same.
-func (s *Stage) reserve(ctx context.Context, m machine) error {
+func (s *Stage) reserve(ctx context.Context, m machine) (netip.Addr, error) {
 	if m.image.Address != settings.AddressAuto && m.image.Address != settings.AddressLease {
-		return nil
+		return netip.Addr{}, nil
 	}
-	_, err := s.Hypervisor.Reserve(ctx, m.image.Network, m.mac)
+	address, err := s.Hypervisor.Reserve(ctx, m.image.Network, m.mac)
 	if errors.Is(err, hypervisor.ErrUnreservable) {
-		return nil
+		return netip.Addr{}, nil
 	}
-	return err
+	return address, err
 }
 
 func accelerated(virtType string) string {
@@ -212,8 +214,8 @@ func networkRemedy(err, why error, network string) error {
 }
 
 // startMachine defines the domain and starts it. identity is the path of the
-// keys that the guest gets, if any.
-func (s *Stage) startMachine(ctx context.Context, m machine, disk disk, identity string) (hypervisor.Capabilities, error) {
+// keys that the guest gets, if any, and address the one that is kept for it.
+func (s *Stage) startMachine(ctx context.Context, m machine, disk disk, identity string, address netip.Addr) (hypervisor.Capabilities, error) {
 	host, err := s.Hypervisor.Capabilities(ctx, string(s.Settings.VirtType), m.image.Machine)
 	if err != nil {
 		return host, err
@@ -240,6 +242,7 @@ func (s *Stage) startMachine(ctx context.Context, m machine, disk disk, identity
 		MAC:      m.mac,
 		Isolated: m.image.Isolated,
 		Filter:   m.image.Filter,
+		Address:  address,
 		Limits: domainxml.Limits{
 			DiskRate: m.image.DiskRate, DiskIOPS: uint64(m.image.DiskIOPS), NetworkRate: m.image.NetworkRate,
 		},

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"syscall"
 	"time"
 
 	"libvirt-driver/driver/hypervisor"
@@ -20,6 +21,10 @@ const (
 	// rejections is for how long a guest may refuse the key before that is its
 	// last word: while it boots, accounts may be missing or locked yet.
 	rejections = 20 * time.Second
+	// glance is the pause between two looks that cost the guest nothing: whether
+	// it has an address, and whether something listens there, which its kernel
+	// answers by itself.
+	glance = 25 * time.Millisecond
 )
 
 // reach waits until the new machine answers over SSH, for as long as it runs.
@@ -29,13 +34,13 @@ func (s *Stage) reach(ctx context.Context, m machine, keeper *Keeper) (contact, 
 	})
 	defer stop()
 	asking, asked := context.WithTimeoutCause(ctx, creation, errSlow)
-	look, err := s.locate(asking, m)
+	look, pace, err := s.locate(asking, m)
 	asked()
 	if err != nil {
 		return contact{}, fmt.Errorf("find the guest's address: %w", err)
 	}
 	begun := time.Now()
-	address, err := s.waitForAddress(ctx, m, look)
+	address, err := s.waitForAddress(ctx, m, look, pace)
 	if err != nil {
 		return contact{}, fmt.Errorf("wait for the guest's address: %w", err)
 	}
@@ -95,7 +100,7 @@ func (s *Stage) followed(ctx context.Context, name string, lost func(hypervisor.
 type locator func(context.Context) (netip.Addr, error)
 
 // waitForAddress waits until the guest has an address.
-func (s *Stage) waitForAddress(ctx context.Context, m machine, look locator) (netip.Addr, error) {
+func (s *Stage) waitForAddress(ctx context.Context, m machine, look locator, pace func(try int) time.Duration) (netip.Addr, error) {
 	limit := s.Settings.Timeouts.Address
 	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("none after %v (timeouts.address)", limit))
 	defer cancel()
@@ -107,26 +112,27 @@ func (s *Stage) waitForAddress(ctx context.Context, m machine, look locator) (ne
 		case err != nil || address.IsValid():
 			return address, err
 		}
-		pause(ctx, backoff(try))
+		pause(ctx, pace(try))
 	}
 }
 
 // locate returns how to find the guest's address: by the network's leases where
 // it keeps any; elsewhere by what the guest agent says or the host has seen.
-func (s *Stage) locate(ctx context.Context, m machine) (locator, error) {
+// pace returns the pause after a look that found none.
+func (s *Stage) locate(ctx context.Context, m machine) (look locator, pace func(try int) time.Duration, err error) {
 	keepsLeases, err := s.Hypervisor.KeepsLeases(ctx, m.image.Network)
 	if err != nil {
-		return nil, networkRemedy(err, err, m.image.Network)
+		return nil, nil, networkRemedy(err, err, m.image.Network)
 	}
 	switch source := m.image.Address; {
 	case source == settings.AddressAgent:
-		return s.ask(m, hypervisor.Agent), nil
+		return s.ask(m, hypervisor.Agent), backoff, nil
 	case source == settings.AddressARP:
-		return s.ask(m, hypervisor.ARP), nil
+		return s.ask(m, hypervisor.ARP), backoff, nil
 	case source == settings.AddressAuto && !keepsLeases:
-		return s.ask(m, hypervisor.Agent, hypervisor.ARP), nil
+		return s.ask(m, hypervisor.Agent, hypervisor.ARP), backoff, nil
 	case !keepsLeases:
-		return nil, fmt.Errorf("network %s hands out no addresses: set address to agent or arp for image %s", m.image.Network, m.image.Name)
+		return nil, nil, fmt.Errorf("network %s hands out no addresses: set address to agent or arp for image %s", m.image.Network, m.image.Name)
 	}
 	return func(ctx context.Context) (netip.Addr, error) {
 		leases, err := s.Hypervisor.Leases(ctx, m.image.Network, m.mac)
@@ -134,7 +140,7 @@ func (s *Stage) locate(ctx context.Context, m machine) (locator, error) {
 			return netip.Addr{}, err
 		}
 		return leases[0].Address, nil
-	}, nil
+	}, func(int) time.Duration { return glance }, nil
 }
 
 // ask returns a locator that asks each source in turn.
@@ -167,7 +173,7 @@ func (s *Stage) waitForShell(ctx context.Context, m machine, look locator, keepe
 	}
 	var last error
 	var rejected time.Time
-	for try := 0; ; try++ {
+	for try := 0; ; {
 		address, err := look(ctx)
 		if err != nil {
 			return contact{}, err
@@ -192,7 +198,13 @@ func (s *Stage) waitForShell(ctx context.Context, m machine, look locator, keepe
 			return contact{}, fmt.Errorf("image %s refuses %s for %v: %w", m.image.Name, m.keyName(), rejections, err)
 		}
 		last = err
+		if errors.Is(err, syscall.ECONNREFUSED) {
+			pause(ctx, glance)
+			continue
+		}
+		// The guest has started a process for it, and may be slow.
 		pause(ctx, backoff(try))
+		try++
 	}
 }
 
@@ -211,7 +223,7 @@ func (s *Stage) tryShell(ctx context.Context, keeper *Keeper, k knock) (reached 
 	case errors.Is(err, errNoKeeper) && ctx.Err() == nil:
 		s.Log.Note("every sub-stage will log in anew: %v", err)
 		return s.tryShell(ctx, nil, k)
-	case err == nil, errors.Is(err, sshexec.ErrUnreachable), errors.Is(err, sshexec.ErrKeyRejected):
+	case err == nil, errors.Is(err, sshexec.ErrUnreachable), errors.Is(err, sshexec.ErrKeyRejected), errors.Is(err, syscall.ECONNREFUSED):
 		return reached, err
 	}
 	return reached, fmt.Errorf("%w: %w", errHopeless, err)

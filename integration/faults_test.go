@@ -231,7 +231,6 @@ func (x *trial) count(t *testing.T) {
 func (x *trial) leftBehind() ([]string, error) {
 	machine := x.machine()
 	sum := sha256.Sum256([]byte(machine))
-	mac := fmt.Sprintf("52:54:%02x:%02x:%02x:%02x", sum[0], sum[1], sum[2], sum[3])
 	socket := fmt.Sprintf("%x.ssh", sum[:12])
 	seen, err := lookAround()
 	var left []string
@@ -240,7 +239,7 @@ func (x *trial) leftBehind() ([]string, error) {
 			if x.forgotten != "" && strings.HasPrefix(thing, x.forgotten) {
 				continue
 			}
-			if strings.Contains(thing, machine) || strings.Contains(thing, mac) || strings.Contains(thing, socket) {
+			if strings.Contains(thing, machine) || strings.Contains(thing, macAddress(machine)) || strings.Contains(thing, socket) {
 				left = append(left, kind+": "+thing)
 			}
 		}

@@ -8,6 +8,7 @@ package integration
 
 import (
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -16,6 +17,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -97,6 +99,13 @@ func lookAround() (map[string][]string, error) {
 				seen["leases of network "+network] = append(seen["leases of network "+network], fields[2]+" "+fields[4])
 			}
 		}
+		out, err = tryVirsh("net-dumpxml", network)
+		if err != nil {
+			continue // it is gone by now
+		}
+		for _, host := range reservation.FindAllString(out, -1) {
+			seen["reservations of network "+network] = append(seen["reservations of network "+network], host)
+		}
 	}
 	for _, dir := range []string{
 		"/var/lib/libvirt", consoles, "/etc/libvirt/qemu", "/run/libvirt/qemu", "/run/libvirt-driver",
@@ -140,6 +149,9 @@ func lookAround() (map[string][]string, error) {
 	return seen, nil
 }
 
+// reservation is an address that a network keeps for a MAC: the submatches.
+var reservation = regexp.MustCompile(`<host mac='([^']*)'.* ip='([^']*)'`)
+
 // wantGone checks that nothing of a machine is on the host, or will be once the process that cleanup has left the rest
 // to is done.
 func wantGone(t *testing.T, machine string) {
@@ -153,7 +165,7 @@ func wantGone(t *testing.T, machine string) {
 		left = nil
 		for kind, things := range seen {
 			for _, thing := range things {
-				if strings.Contains(thing, machine) {
+				if strings.Contains(thing, machine) || strings.Contains(thing, macAddress(machine)) {
 					left = append(left, kind+": "+thing)
 				}
 			}
@@ -266,6 +278,17 @@ type network struct{ name, bridge, prefix string }
 // network is active, and never those that went meanwhile.
 func (n network) macs() string { return "/var/lib/libvirt/dnsmasq/" + n.bridge + ".macs" }
 
+// smallNetwork starts a network that lends the addresses PREFIX.2 to PREFIX.last.
+func smallNetwork(t *testing.T, last int) network {
+	t.Helper()
+	n := defineNetwork(t, true)
+	virsh(t, "net-update", n.name, "delete", "ip-dhcp-range",
+		fmt.Sprintf("<range start='%[1]s.2' end='%[1]s.254'/>", n.prefix), "--config")
+	virsh(t, "net-update", n.name, "add", "ip-dhcp-range", fmt.Sprintf("<range start='%[1]s.2' end='%[1]s.%d'/>", n.prefix, last), "--config")
+	virsh(t, "net-start", n.name)
+	return n
+}
+
 // newNetwork starts a network on a bridge of its own. dhcp tells whether libvirt hands out addresses on it. Its DHCP
 // server does not first try, for three seconds, whether someone has taken an address that it never lent.
 func newNetwork(t *testing.T, dhcp bool) network {
@@ -371,6 +394,15 @@ func newJob(job runner.Job) runner.Job {
 func machineOf(job runner.Job) string {
 	return fmt.Sprintf("runner-1-project-42-concurrent-0-job-%d", job.ID)
 }
+
+// macAddress is a machine's MAC address.
+func macAddress(machine string) string {
+	sum := sha256.Sum256([]byte(machine))
+	return fmt.Sprintf("52:54:%02x:%02x:%02x:%02x", sum[0], sum[1], sum[2], sum[3])
+}
+
+// macOf is the MAC address of the job's machine.
+func macOf(job runner.Job) string { return macAddress(machineOf(job)) }
 
 // start begins an attempt at a job; config has succeeded. At the test's end the job's machine is removed, and nothing
 // of it may be left.

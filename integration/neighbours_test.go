@@ -16,15 +16,11 @@ import (
 // address returns where a prepared machine's guest is.
 func address(t *testing.T, job runner.Job) string {
 	t.Helper()
-	mac := strings.Fields(virsh(t, "domiflist", machineOf(job)))[4]
-	for line := range strings.Lines(virsh(t, "net-dhcp-leases", "default")) {
-		if fields := strings.Fields(line); len(fields) > 4 && fields[2] == mac {
-			ip, _, _ := strings.Cut(fields[4], "/")
-			return ip
-		}
+	ip := lent(t, "default")[macOf(job)]
+	if ip == "" {
+		t.Fatalf("no lease of %s", machineOf(job))
 	}
-	t.Fatalf("no lease of %s", mac)
-	return ""
+	return ip
 }
 
 // Jobs are written by strangers to each other: their guests share a bridge and nothing more, unless the
@@ -102,11 +98,7 @@ func TestAGuestThatForgesItsNeighboursAddressGetsNothing(t *testing.T) {
 // A lease outlives its guest, unless it is given back: a network with one address serves one job after another.
 func TestASmallRangeServesManyJobs(t *testing.T) {
 	t.Parallel()
-	n := defineNetwork(t, true)
-	virsh(t, "net-update", n.name, "delete", "ip-dhcp-range",
-		fmt.Sprintf("<range start='%[1]s.2' end='%[1]s.254'/>", n.prefix), "--config")
-	virsh(t, "net-update", n.name, "add", "ip-dhcp-range", fmt.Sprintf("<range start='%[1]s.2' end='%[1]s.2'/>", n.prefix), "--config")
-	virsh(t, "net-start", n.name)
+	n := smallNetwork(t, 2)
 	s := newSettings(t, tiny(fmt.Sprintf("network = %q", n.name)))
 	for range 3 {
 		job := newJob(runner.Job{Script: []string{"echo green"}})
@@ -115,6 +107,7 @@ func TestASmallRangeServesManyJobs(t *testing.T) {
 		}
 	}
 	until(t, "all leases are given back", func() bool { return !strings.Contains(virsh(t, "net-dhcp-leases", n.name), n.prefix) })
+	until(t, "no address is kept", func() bool { return len(reservations(t, n.name)) == 0 })
 }
 
 // libvirt, and not the guest, sets the bounds.

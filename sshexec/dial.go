@@ -52,8 +52,7 @@ func dial(ctx context.Context, t Target, interval, limit time.Duration) (*Client
 		return nil, fmt.Errorf("connect to %s: %w", t.Address, err)
 	}
 
-	var dialer net.Dialer
-	raw, err := dialer.DialContext(ctx, network, t.Address)
+	raw, err := connect(ctx, network, t.Address)
 	if err != nil {
 		if ctx.Err() != nil {
 			err = fmt.Errorf("%w: %w", ended(ctx), err)
@@ -101,6 +100,24 @@ func dial(ctx context.Context, t Target, interval, limit time.Duration) (*Client
 	}()
 	go c.keepAlive(interval, limit)
 	return c, nil
+}
+
+// answering is how long a connection may take to be answered before another is
+// tried.
+const answering = 500 * time.Millisecond
+
+// connect connects to an address. What is sent to a guest whose network is not
+// up is lost, and the kernel would send it again after one second, then two,
+// then four, in which the guest may have come up.
+func connect(ctx context.Context, network, address string) (net.Conn, error) {
+	dialer := net.Dialer{Timeout: answering}
+	for {
+		conn, err := dialer.DialContext(ctx, network, address)
+		var late net.Error
+		if ctx.Err() != nil || !errors.As(err, &late) || !late.Timeout() {
+			return conn, err
+		}
+	}
 }
 
 // A login is what is learned during one attempt to log in.
