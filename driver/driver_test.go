@@ -8,6 +8,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -96,6 +97,30 @@ func TestPrepareHandsOverAddressAndHostKey(t *testing.T) {
 	}
 	if got, err := s.contact(context.Background(), machineName); got != want || err != nil {
 		t.Errorf("from the domain: %+v, %v", got, err)
+	}
+}
+
+// The DHCP server may have a reason not to lend what is kept.
+func TestTheFilterFollowsTheGuestToAnotherAddress(t *testing.T) {
+	for lent, want := range map[string]bool{"192.0.2.7": false, "192.0.2.8": true} {
+		s := newStage(t, nil)
+		s.host.lent = netip.MustParseAddr(lent)
+		if err := s.Prepare(context.Background()); err != nil {
+			t.Fatal(err)
+		}
+		if got := s.host.called("SetFilterAddress " + machineName); got != want {
+			t.Errorf("lent %s, the filter is told: %v", lent, got)
+		}
+	}
+}
+
+func TestAMachineStartsWithoutAReservation(t *testing.T) {
+	for why, starts := range map[error]bool{hypervisor.ErrUnreservable: true, hypervisor.ErrUnreachable: false} {
+		s := newStage(t, nil)
+		s.host.failures["Reserve"] = why
+		if err := s.Prepare(context.Background()); (err == nil) != starts || s.host.called("StartDomain") != starts {
+			t.Errorf("%v: %v after %q", why, err, s.host.calls)
+		}
 	}
 }
 

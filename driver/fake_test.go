@@ -35,6 +35,7 @@ type host struct {
 	files    map[string]string // in the guest
 	memory   hypervisor.Memory
 	space    uint64
+	lent     netip.Addr // to every guest
 }
 
 func newHost() *host {
@@ -46,6 +47,7 @@ func newHost() *host {
 		failures: map[string]error{},
 		memory:   hypervisor.Memory{Total: 16 << 30, Available: 16 << 30},
 		space:    100 << 30,
+		lent:     netip.MustParseAddr("192.0.2.7"),
 	}
 }
 
@@ -177,6 +179,10 @@ func (h *host) Reserve(_ context.Context, network, mac string) (netip.Addr, erro
 	return netip.MustParseAddr("192.0.2.7"), h.note("Reserve", network, mac)
 }
 
+func (h *host) SetFilterAddress(_ context.Context, domain, mac string, address netip.Addr) error {
+	return h.note("SetFilterAddress", domain, mac, address)
+}
+
 func (h *host) Unreserve(_ context.Context, network, mac string) error {
 	return h.note("Unreserve", network, mac)
 }
@@ -184,7 +190,7 @@ func (h *host) Unreserve(_ context.Context, network, mac string) error {
 func (h *host) KeepsLeases(context.Context, string) (bool, error) { return true, h.note("KeepsLeases") }
 
 func (h *host) Leases(context.Context, string, string) ([]hypervisor.Lease, error) {
-	return []hypervisor.Lease{{Address: netip.MustParseAddr("192.0.2.7")}}, h.note("Leases")
+	return []hypervisor.Lease{{Address: h.lent}}, h.note("Leases")
 }
 
 func (h *host) ReleaseLeases(_ context.Context, network, mac string) error {

@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -38,6 +39,8 @@ type machine struct {
 	made time.Time
 	// keys are made by prepare alone.
 	keys keys
+	// address is the one that is kept for it, if any; only prepare knows it.
+	address netip.Addr
 	// owner is the process that it is made for.
 	owner int
 }

@@ -36,7 +36,7 @@ func (s *Stage) Prepare(ctx context.Context) error {
 	}
 	s.introduce(m)
 
-	if err := s.create(ctx, m); err != nil {
+	if err := s.create(ctx, &m); err != nil {
 		return err
 	}
 	keeper := s.startKeeper(m)
@@ -80,17 +80,17 @@ func (s *Stage) introduce(m machine) {
 	}
 }
 
-// create makes the machine's disk and starts the machine.
-func (s *Stage) create(ctx context.Context, m machine) error {
+// create makes the machine's disk, has an address kept for it, and starts it.
+func (s *Stage) create(ctx context.Context, m *machine) error {
 	lock, err := s.lock(ctx, m.name, "another stage that works on "+m.name)
 	if err != nil {
 		return err
 	}
 	defer lock.release()
-	if err := s.removeLeftovers(ctx, m); err != nil {
+	if err := s.removeLeftovers(ctx, *m); err != nil {
 		return err
 	}
-	release, err := s.admit(ctx, m)
+	release, err := s.admit(ctx, *m)
 	if err != nil {
 		return fmt.Errorf("find room for the machine: %w", err)
 	}
@@ -98,26 +98,25 @@ func (s *Stage) create(ctx context.Context, m machine) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, creation, errSlow)
 	defer cancel()
 	begun := time.Now()
-	disk, err := s.createDisk(ctx, m)
+	disk, err := s.createDisk(ctx, *m)
 	if err != nil {
 		return fmt.Errorf("create disk: %w", err)
 	}
 	s.Log.Step("disk", time.Since(begun), "%s, on %s", settings.FormatSize(disk.capacity), m.image.Volume)
 
-	identity, err := s.inject(ctx, m)
+	identity, err := s.inject(ctx, *m)
 	if err != nil {
 		return err
 	}
 	begun = time.Now()
-	address, err := s.reserve(ctx, m)
-	if err != nil {
+	if m.address, err = s.reserve(ctx, *m); err != nil {
 		return err
 	}
-	host, err := s.startMachine(ctx, m, disk, identity, address)
+	host, err := s.startMachine(ctx, *m, disk, identity)
 	if err != nil {
-		return fmt.Errorf("start machine: %w", errors.Join(err, s.blank(ctx, m)))
+		return fmt.Errorf("start machine: %w", errors.Join(err, s.blank(ctx, *m)))
 	}
-	if err := s.blank(ctx, m); err != nil {
+	if err := s.blank(ctx, *m); err != nil {
 		return err
 	}
 	s.Log.Step("machine", time.Since(begun), "started, %s %s", host.Arch, accelerated(host.VirtType))
@@ -214,8 +213,8 @@ func networkRemedy(err, why error, network string) error {
 }
 
 // startMachine defines the domain and starts it. identity is the path of the
-// keys that the guest gets, if any, and address the one that is kept for it.
-func (s *Stage) startMachine(ctx context.Context, m machine, disk disk, identity string, address netip.Addr) (hypervisor.Capabilities, error) {
+// keys that the guest gets, if any.
+func (s *Stage) startMachine(ctx context.Context, m machine, disk disk, identity string) (hypervisor.Capabilities, error) {
 	host, err := s.Hypervisor.Capabilities(ctx, string(s.Settings.VirtType), m.image.Machine)
 	if err != nil {
 		return host, err
@@ -242,7 +241,7 @@ func (s *Stage) startMachine(ctx context.Context, m machine, disk disk, identity
 		MAC:      m.mac,
 		Isolated: m.image.Isolated,
 		Filter:   m.image.Filter,
-		Address:  address,
+		Address:  m.address,
 		Limits: domainxml.Limits{
 			DiskRate: m.image.DiskRate, DiskIOPS: uint64(m.image.DiskIOPS), NetworkRate: m.image.NetworkRate,
 		},

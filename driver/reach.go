@@ -134,12 +134,21 @@ func (s *Stage) locate(ctx context.Context, m machine) (look locator, pace func(
 	case !keepsLeases:
 		return nil, nil, fmt.Errorf("network %s hands out no addresses: set address to agent or arp for image %s", m.image.Network, m.image.Name)
 	}
+	filtered := m.address
 	return func(ctx context.Context) (netip.Addr, error) {
 		leases, err := s.Hypervisor.Leases(ctx, m.image.Network, m.mac)
 		if err != nil || len(leases) == 0 {
 			return netip.Addr{}, err
 		}
-		return leases[0].Address, nil
+		address := leases[0].Address
+		if m.image.Filter != "" && filtered.IsValid() && filtered != address && address.Is4() {
+			// The DHCP server had a reason not to lend what is kept.
+			if err := s.Hypervisor.SetFilterAddress(ctx, m.name, m.mac, address); err != nil {
+				return netip.Addr{}, err
+			}
+			filtered = address
+		}
+		return address, nil
 	}, func(int) time.Duration { return glance }, nil
 }
 
