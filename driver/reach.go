@@ -44,7 +44,11 @@ func (s *Stage) reach(ctx context.Context, m machine, keeper *Keeper) (contact, 
 	if err != nil {
 		return contact{}, fmt.Errorf("wait for the guest's address: %w", err)
 	}
-	s.Log.Step("address", time.Since(begun), "%s", address)
+	kept := ""
+	if address == m.address {
+		kept = ", reserved"
+	}
+	s.Log.Step("address", time.Since(begun), "%s%s", address, kept)
 
 	begun = time.Now()
 	reached, err := s.waitForShell(ctx, m, look, keeper)

@@ -113,7 +113,7 @@ func TestAGuestIsFoundThatGetsAnotherAddressThanItsOwn(t *testing.T) {
 	}
 	c := connect(t, "qemu:///system")
 	var job runner.Job
-	for wanted := ""; wanted != held; forget() { // one whose MAC points to that very address
+	for wanted := ""; wanted != held; { // one whose MAC points to that very address
 		forget()
 		job = newJob(runner.Job{})
 		address, err := c.Reserve(t.Context(), n.name, macOf(job))
@@ -122,6 +122,7 @@ func TestAGuestIsFoundThatGetsAnotherAddressThanItsOwn(t *testing.T) {
 		}
 		wanted = address.String()
 	}
+	forget()
 	ex := prepared(t, s.runner(t), job)
 	if kept, got := reservations(t, n.name)[macOf(job)], lent(t, n.name)[macOf(job)]; kept != held || got == held || got == "" {
 		t.Errorf("%q is kept, %q is lent, and %q is another's", kept, got, held)
