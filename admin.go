@@ -76,6 +76,26 @@ func gcCommand() *cli.Command {
 	}
 }
 
+func standbyCommand() *cli.Command {
+	return &cli.Command{
+		Name:            "standby",
+		Usage:           "keep machines ready for jobs to come, as a service",
+		UsageText:       "libvirt-driver [--config FILE] standby [--drain]",
+		Description:     standbyHelp,
+		HideHelpCommand: true,
+		OnUsageError:    usageError,
+		Flags:           []cli.Flag{&cli.BoolFlag{Name: "drain", Usage: "remove the machines that stand ready, and exit"}},
+		Action: onHost(func(c *cli.Context, host *driver.Host) error {
+			if !c.Bool("drain") {
+				return newStage(host).KeepStandby(c.Context)
+			}
+			n, err := host.Drain(c.Context)
+			fmt.Printf("removed %d machines that stood ready\n", n)
+			return err
+		}),
+	}
+}
+
 // onHost makes the action of an administrator's command.
 func onHost(do func(*cli.Context, *driver.Host) error) cli.ActionFunc {
 	return func(c *cli.Context) error {

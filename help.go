@@ -68,13 +68,30 @@ Exits with 0, or with $SYSTEM_FAILURE_EXIT_CODE when something is left, which it
 blames the job, and a job that forges who it is has its machine removed all the same.`
 
 const listHelp = `Prints one line for each of the driver's machines, the oldest first: its job and project, its
-image, its age, the state of its domain, the guest's address, and what its disk takes of the
-host's. A domain without a volume has the disk "none", a volume without a domain the state "no
-domain".
+image, how it came to be (boot, standby, memory), its age, the state of its domain, the guest's
+address, and what its disk takes of the host's. A machine that is nobody's yet has no job. A
+domain without a volume has the disk "none", a volume without a domain the state "no domain".
 
 Reads the settings uri and socket, and the pools of all images.
 
 Exits with 0, or with 1 when libvirt cannot be asked.`
+
+const standbyHelp = `Keeps as many machines ready as standby says for each image: booted, with keys of their own, and
+nobody's yet. A prepare whose job fits one takes it in place of booting; the service makes the
+next a few seconds later. Machines are made as a job's are, one after the other on small hosts,
+and only while there is room and no job waits for any. Removed are those that the settings, or a
+new base volume, have made out of date, and some when the host runs short of memory. What it
+does is said on standard error.
+
+SIGTERM ends the service and leaves the machines: jobs go on to take them, and the next service
+to look after them. It reads its settings when it starts. One runs on a host at a time.
+
+With --drain the machines that stand ready are removed, while no service runs.
+
+Reads all settings.
+
+Exits with 0 when told to stop, or with 1 when another standby service runs or, with --drain,
+something could not be removed.`
 
 const gcHelp = `Removes the machines whose jobs are over, with their volumes, NVRAM, leases and logs, and says
 why:
@@ -83,7 +100,8 @@ why:
   - those whose runner, the process that called prepare, is gone, as after a crash or a restart
     of the host, once no stage of the job has been at work for 5 minutes;
   - those whose cleanup began and was not finished;
-  - volumes of such machines that have lost their domain.
+  - volumes of such machines that have lost their domain;
+  - machines made before their job that were not finished, or ran and do not any more.
 
 Only what has a machine's name is looked at: domains that carry the driver's metadata, and
 volumes in the pools of the settings. A machine on which a stage is at work making or removing

@@ -78,6 +78,7 @@ func app() *cli.App {
 				func(ctx context.Context, s *driver.Stage, _ []string) error { return s.Cleanup(ctx) }),
 			keepCommand(),
 			finishCommand(),
+			standbyCommand(),
 			listCommand(),
 			gcCommand(),
 			doctorCommand(),
@@ -155,19 +156,8 @@ func perform(c *cli.Context, environment *gitlab.Environment, log *gitlab.Log, d
 		return err
 	}
 	defer host.Hypervisor.Close()
-	stage := &driver.Stage{
-		Host:        *host,
-		Environment: environment,
-		Connect: func(ctx context.Context, target sshexec.Target) (driver.Shell, error) {
-			return sshexec.Dial(ctx, target)
-		},
-		Stdout:  os.Stdout,
-		Stderr:  os.Stderr,
-		Version: version,
-	}
-	if configured.KeepConnection {
-		stage.StartKeeper = driver.StartKeeper
-	}
+	stage := newStage(host)
+	stage.Environment, stage.Stdout, stage.Stderr = environment, os.Stdout, os.Stderr
 	if configured.EarlyCleanup {
 		stage.StartFinisher = driver.StartFinisher
 	}
@@ -211,6 +201,21 @@ func finishCommand() *cli.Command {
 			return host.Finish(c.Context, c.Args().First())
 		},
 	}
+}
+
+// newStage returns what makes machines on a host.
+func newStage(host *driver.Host) *driver.Stage {
+	stage := &driver.Stage{
+		Host: *host,
+		Connect: func(ctx context.Context, target sshexec.Target) (driver.Shell, error) {
+			return sshexec.Dial(ctx, target)
+		},
+		Version: version,
+	}
+	if host.Settings.KeepConnection {
+		stage.StartKeeper = driver.StartKeeper
+	}
+	return stage
 }
 
 // newHost returns the host as the settings have it. Nothing is dialled yet.

@@ -69,5 +69,9 @@ func (h *Host) idle(machine string, made time.Time) (since time.Time, ok bool, e
 
 // forget removes the records of a machine that is gone.
 func (h *Host) forget(machine string) error {
-	return errors.Join(gone(os.Remove(h.bindingPath(machine))), gone(os.Remove(h.activity(machine))))
+	var left []error
+	for _, record := range []string{h.bindingPath(machine), h.activity(machine), h.lockPath(machine + waitingSuffix)} {
+		left = append(left, gone(os.Remove(record)))
+	}
+	return errors.Join(left...)
 }

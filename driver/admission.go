@@ -2,7 +2,11 @@ package driver
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"path/filepath"
+	"slices"
+	"strings"
 	"time"
 
 	"libvirt-driver/driver/settings"
@@ -18,8 +22,13 @@ const (
 	recheck = 500 * time.Millisecond
 )
 
-// admit waits until the host has room for the machine. The caller starts the
-// machine and then calls release, so that two never take the same room.
+// errNoRoom is why a machine that no job waits for is not made now.
+var errNoRoom = errors.New("the host has no room for a machine that stands ready")
+
+// admit waits until the host has room for the machine, and makes room where
+// others only stand ready. The caller starts the machine and then calls release,
+// so that two never take the same room. A machine that no job waits for is not
+// waited for either.
 func (s *Stage) admit(ctx context.Context, m machine) (release func(), err error) {
 	limit := s.Settings.Timeouts.Turn
 	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("no room after %v (timeouts.turn)", limit))
@@ -27,6 +36,9 @@ func (s *Stage) admit(ctx context.Context, m machine) (release func(), err error
 	begun := time.Now()
 	var full error
 	for {
+		if m.ahead && s.crowded() {
+			return nil, errNoRoom
+		}
 		lock, err := s.lock(ctx, turn, "other machines, which are let in one by one")
 		switch {
 		case err != nil && full != nil:
@@ -46,7 +58,18 @@ func (s *Stage) admit(ctx context.Context, m machine) (release func(), err error
 		if err != nil {
 			return nil, err
 		}
+		if m.ahead {
+			return nil, errNoRoom
+		}
+		if s.makeRoom(ctx) {
+			continue
+		}
 		if full == nil {
+			waiting, err := s.tryLock(m.name + waitingSuffix)
+			if err != nil {
+				return nil, err
+			}
+			defer waiting.release()
 			s.Log.Note("waiting for room on the host: %v", short)
 		}
 		full = short
@@ -87,6 +110,37 @@ func (s *Stage) room(ctx context.Context, m machine) (short, err error) {
 			m.image.Pool, mebibytes(space), size(s.Settings.ReserveDisk)), nil
 	}
 	return nil, nil
+}
+
+// waitingSuffix is what the name of the lock has more than the machine's that
+// waits for room.
+const waitingSuffix = ".turn"
+
+// crowded reports whether machines wait for room.
+func (h *Host) crowded() bool {
+	locks, _ := filepath.Glob(h.lockPath("*" + waitingSuffix))
+	return slices.ContainsFunc(locks, func(path string) bool {
+		lock, err := h.tryLock(strings.TrimSuffix(filepath.Base(path), lockSuffix))
+		if err == nil {
+			lock.release() // of one that was killed
+		}
+		return errors.Is(err, errLocked)
+	})
+}
+
+// makeRoom removes the oldest machine that stands ready, and reports whether
+// there was one.
+func (h *Host) makeRoom(ctx context.Context) bool {
+	for _, ready := range h.standings() {
+		if h.takeBack(ready.Domain) {
+			h.Log.Note("removing %s, which stood ready, to make room", ready.Domain)
+			if err := h.discard(ctx, ready.Domain); err != nil {
+				h.Log.Note("%v", err)
+			}
+			return true
+		}
+	}
+	return false
 }
 
 // mebibytes writes a size that is no round number.

@@ -40,9 +40,11 @@ type binding struct {
 	Domain string `json:"domain"`
 }
 
+const bindingSuffix = ".machine"
+
 // bindingPath returns the file of a machine's record.
 func (h *Host) bindingPath(machine string) string {
-	return filepath.Join(h.LockDir, machine+".machine")
+	return filepath.Join(h.LockDir, machine+bindingSuffix)
 }
 
 // bind records that a domain is a machine's. It is in force even if this

@@ -72,10 +72,8 @@ func (s *Stage) contactPath() string {
 	return filepath.Join(filepath.Dir(s.Environment.JobResponseFile), contactFile)
 }
 
-// handOver leaves the contact for the sub-stages: in the job's temporary folder
-// and, for people and other calls, in the domain's metadata. Those everyone on
-// the host can read, so the private key is not there.
-func (s *Stage) handOver(ctx context.Context, m machine, c contact) error {
+// describe writes down whose machine a domain is, and where to find it.
+func (s *Stage) describe(ctx context.Context, m machine, c contact) error {
 	metadata, err := m.metadata()
 	if err != nil {
 		return err
@@ -85,7 +83,14 @@ func (s *Stage) handOver(ctx context.Context, m machine, c contact) error {
 	if err != nil {
 		return err
 	}
-	if err := s.Hypervisor.SetMetadata(ctx, m.domain, domainxml.Namespace, domainxml.NamespacePrefix, text); err != nil {
+	return s.Hypervisor.SetMetadata(ctx, m.domain, domainxml.Namespace, domainxml.NamespacePrefix, text)
+}
+
+// handOver leaves the contact for the sub-stages: in the job's temporary folder
+// and, for people and other calls, in the domain's metadata. Those everyone on
+// the host can read, so the private key is not there.
+func (s *Stage) handOver(ctx context.Context, m machine, c contact) error {
+	if err := s.describe(ctx, m, c); err != nil {
 		return err
 	}
 	doc, err := json.Marshal(c.on(m.domain, m.name).of(m.image))

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"time"
+
+	"libvirt-driver/driver/hypervisor"
 )
 
 // quiet is for how long no stage of a machine must have been at work before its
@@ -25,7 +27,7 @@ type Collection struct {
 
 // Collect removes the machines whose jobs are over: those older than maxAge,
 // and those whose runner is proven to be gone and of which no stage has been at
-// work for a while. With dryRun it only says which. A machine that someone
+// work for a while; and those that were made before their job and are of no use. With dryRun it only says which. A machine that someone
 // works on at this moment is left alone. The error tells that some could not be
 // looked at or removed.
 func (h *Host) Collect(ctx context.Context, maxAge time.Duration, dryRun bool) ([]Collection, error) {
@@ -67,6 +69,9 @@ func (h *Host) collect(ctx context.Context, machine Machine, maxAge time.Duratio
 	if c.Why, err = h.over(machine, maxAge); err != nil || c.Why == "" || dryRun {
 		return c, err
 	}
+	if machine.Job == 0 && h.isReady(machine.Domain) && !h.takeBack(machine.Domain) {
+		return Collection{Machine: machine}, nil // a job has just taken it
+	}
 	job, _ := parseMachine(machine.Name)
 	if _, err := h.removeWithin(ctx, machine.Name, job); err != nil {
 		return c, err
@@ -86,8 +91,23 @@ func (h *Host) find(ctx context.Context, name string) (Machine, bool, error) {
 	return Machine{}, false, err
 }
 
+// astray returns why a machine that was made before its job is of no use, or
+// nothing. The caller holds the lock on it, so nobody is making it.
+func (h *Host) astray(machine Machine) string {
+	switch ready := h.isReady(machine.Domain); {
+	case ready && machine.State != string(hypervisor.Running):
+		return "stood ready, and is " + machine.State
+	case ready || h.isBound(machine.Domain):
+		return ""
+	}
+	return "made before its job, and not finished"
+}
+
 // over returns why a machine's job is over, or nothing.
 func (h *Host) over(machine Machine, maxAge time.Duration) (string, error) {
+	if machine.Job == 0 {
+		return h.astray(machine), nil
+	}
 	since, idle, err := h.idle(machine.Name, machine.Created)
 	if err != nil {
 		return "", err

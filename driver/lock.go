@@ -66,7 +66,9 @@ func (h *Host) tryLock(machine string) (*held, error) {
 	return &held{f}, nil
 }
 
-func (h *Host) lockPath(machine string) string { return filepath.Join(h.LockDir, machine+".lock") }
+const lockSuffix = ".lock"
+
+func (h *Host) lockPath(machine string) string { return filepath.Join(h.LockDir, machine+lockSuffix) }
 
 // LockDir returns the folder for the locks of machines, which need not outlive
 // the host's uptime: /run/libvirt-driver, or one of the user's own for a driver

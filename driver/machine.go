@@ -41,6 +41,10 @@ type machine struct {
 	keys keys
 	// address is the one that is kept for it, if any; only prepare knows it.
 	address netip.Addr
+	// sized tells that the job has asked for the size of the disk.
+	sized bool
+	// ahead tells that no job waits for it.
+	ahead bool
 	// owner is the process that it is made for.
 	owner int
 }
@@ -70,6 +74,7 @@ func (s *Stage) plan() (machine, error) {
 	}
 	name := job.Machine()
 	return machine{job: job, name: name, domain: name, image: image, volume: volumeName(name), mac: macAddress(name), made: time.Now(),
+		sized: s.Environment.JobVariable("LIBVIRT_DRIVER_DISK") != "",
 		owner: cmp.Or(s.Owner, os.Getppid())}, nil
 }
 

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"strings"
+	"sync"
 	"time"
 
 	"libvirt-driver/domainxml"
@@ -20,7 +21,7 @@ const creation = 2 * time.Minute
 
 var errSlow = fmt.Errorf("libvirt took more than %v", creation)
 
-// Prepare makes the job's machine and returns when a script can run in it.
+// Prepare gets the job a machine and returns when a script can run in it.
 func (s *Stage) Prepare(ctx context.Context) error {
 	m, err := s.plan()
 	if err != nil {
@@ -31,20 +32,12 @@ func (s *Stage) Prepare(ctx context.Context) error {
 		return err
 	}
 	defer done()
-	if m.keys, err = newKeys(m.image.HostKey); err != nil {
-		return err
-	}
 	s.introduce(m)
 
-	if err := s.create(ctx, &m); err != nil {
-		return err
-	}
-	keeper := s.startKeeper(m)
+	contact, settle, err := s.obtain(ctx, &m)
 	ready := false
-	defer func() { keeper.release(ready) }()
-	contact, err := s.reach(ctx, m, keeper)
+	defer func() { settle(ready) }()
 	if err != nil {
-		s.showConsole(m.domain)
 		return err
 	}
 	asking, cancel := context.WithTimeoutCause(ctx, creation, errSlow)
@@ -60,6 +53,44 @@ func (s *Stage) Prepare(ctx context.Context) error {
 	ready = true
 	s.Log.Title("The machine is ready after %.1f s.", time.Since(m.made).Seconds())
 	return nil
+}
+
+// obtain gets the job's machine: one that stands ready, or else one that boots.
+// m becomes that machine. settle says whether it is to be the job's or not, and
+// is to be called in any case.
+func (s *Stage) obtain(ctx context.Context, m *machine) (_ contact, settle func(bool), err error) {
+	lock, err := s.lock(ctx, m.name, "another stage that works on "+m.name)
+	if err != nil {
+		return contact{}, func(bool) {}, err
+	}
+	release := sync.OnceFunc(lock.release)
+	defer release()
+	if err := s.removeLeftovers(ctx, *m); err != nil {
+		return contact{}, func(bool) {}, err
+	}
+	if contact, claimed := s.claim(ctx, m); claimed {
+		return contact, func(bool) {}, nil
+	}
+	return s.boot(ctx, m, release)
+}
+
+// boot makes a machine and waits until it can be used. started is called when
+// it has been started: from then on the machine needs no lock.
+func (s *Stage) boot(ctx context.Context, m *machine, started func()) (_ contact, settle func(bool), err error) {
+	settle = func(bool) {}
+	if m.keys, err = newKeys(m.image.HostKey); err != nil {
+		return contact{}, settle, err
+	}
+	if err := s.create(ctx, m); err != nil {
+		return contact{}, settle, err
+	}
+	started()
+	keeper := s.startKeeper(*m)
+	reached, err := s.reach(ctx, *m, keeper)
+	if err != nil {
+		s.showConsole(m.domain)
+	}
+	return reached, keeper.release, err
 }
 
 // introduce tells the job's owner what the machine will be, and what it will
@@ -82,14 +113,6 @@ func (s *Stage) introduce(m machine) {
 
 // create makes the machine's disk, has an address kept for it, and starts it.
 func (s *Stage) create(ctx context.Context, m *machine) error {
-	lock, err := s.lock(ctx, m.name, "another stage that works on "+m.name)
-	if err != nil {
-		return err
-	}
-	defer lock.release()
-	if err := s.removeLeftovers(ctx, *m); err != nil {
-		return err
-	}
 	release, err := s.admit(ctx, *m)
 	if err != nil {
 		return fmt.Errorf("find room for the machine: %w", err)
@@ -172,7 +195,7 @@ func (s *Stage) createDisk(ctx context.Context, m machine) (disk, error) {
 	if m.image.Disk != 0 && m.image.Disk < base.Capacity {
 		err := fmt.Errorf("a disk of %s is asked for, but base volume %s has %s, and a disk can only grow",
 			settings.FormatSize(m.image.Disk), base.Name, settings.FormatSize(base.Capacity))
-		if s.Environment.JobVariable("LIBVIRT_DRIVER_DISK") != "" {
+		if m.sized {
 			return disk{}, &gitlab.BuildError{Err: fmt.Errorf("job variable LIBVIRT_DRIVER_DISK: %w", err)}
 		}
 		return disk{}, fmt.Errorf("setting disk of image %s: %w", m.image.Name, err)

@@ -147,7 +147,7 @@ func (s *Stage) locate(ctx context.Context, m machine) (look locator, pace func(
 		address := leases[0].Address
 		if m.image.Filter != "" && filtered.IsValid() && filtered != address && address.Is4() {
 			// The DHCP server had a reason not to lend what is kept.
-			if err := s.Hypervisor.SetFilterAddress(ctx, m.name, m.mac, address); err != nil {
+			if err := s.Hypervisor.SetFilterAddress(ctx, m.domain, m.mac, address); err != nil {
 				return netip.Addr{}, err
 			}
 			filtered = address

@@ -125,7 +125,7 @@ func (f *faults) lostGuests() {
 			if err := syscall.Kill(qemu(t, x.machine()), syscall.SIGKILL); err != nil {
 				t.Error(err)
 			}
-		}, 15*time.Second, "is shut off (QEMU or the guest crashed)")
+		}, 30*time.Second, "is shut off (QEMU or the guest crashed)")
 	})
 
 	f.add(f.row("guest's disk filled by the job", "run"), 1, func(t *testing.T, x *trial) {
@@ -173,7 +173,7 @@ END
 			call := x.start(t, f.config(t, first(server.boot), "[timeouts]", `ssh = "10s"`)).StartPrepare()
 			waitFor(t, call, "  address ")
 			x.wait(func() {
-				x.wantLost(t, x.end(t, call), time.Minute, "wait for the guest's SSH", "none after 10s (timeouts.ssh)")
+				x.wantLost(t, x.end(t, call), patience, "wait for the guest's SSH", "none after 10s (timeouts.ssh)")
 			})
 		})
 		f.add(prepare, 1, func(t *testing.T, x *trial) {

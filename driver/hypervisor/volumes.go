@@ -16,9 +16,10 @@ type Volume struct {
 	// Path is the volume's file on the host.
 	Path string
 	// Capacity is what a guest sees, in bytes, and Allocation what it takes of
-	// the host's disk. Allocation is known only of Volumes.
+	// the host's disk. Allocation is not known of a volume that was just created.
 	Capacity, Allocation uint64
-	// Modified is when the volume was last written to. Known only of Volumes.
+	// Modified is when the volume was last written to. Not known of one that was
+	// just created.
 	Modified time.Time
 }
 
@@ -29,7 +30,7 @@ type Volume struct {
 //
 // https://libvirt.org/html/libvirt-libvirt-storage.html#virStorageVolLookupByName
 func (c *Connection) Volume(ctx context.Context, pool, name string) (Volume, error) {
-	v := Volume{Pool: pool, Name: name}
+	var v Volume
 	err := c.do(ctx, func(rpc *libvirt.Libvirt) error {
 		p, err := rpc.StoragePoolLookupByName(pool)
 		if err != nil {
@@ -45,10 +46,11 @@ func (c *Connection) Volume(ctx context.Context, pool, name string) (Volume, err
 		if err != nil {
 			return err
 		}
-		if v.Path, err = rpc.StorageVolGetPath(vol); err != nil {
+		text, err := rpc.StorageVolGetXMLDesc(vol, 0)
+		if err != nil {
 			return err
 		}
-		_, v.Capacity, _, err = rpc.StorageVolGetInfo(vol)
+		v, err = parseVolume(pool, text)
 		return err
 	})
 	return v, wrap(err, "volume %s in pool %s", name, pool)

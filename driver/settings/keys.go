@@ -80,6 +80,7 @@ var imageKeys = keys[Image]{
 	"disk_rate":    put(func(i *Image) *uint64 { return &i.DiskRate }, rate),
 	"disk_iops":    put(func(i *Image) *uint { return &i.DiskIOPS }, operations),
 	"network_rate": put(func(i *Image) *uint64 { return &i.NetworkRate }, rate),
+	"standby":      put(func(i *Image) *uint { return &i.Standby }, standby),
 	"builds_dir": put(func(i *Image) *string { return &i.BuildsDir },
 		text(wantPath+` in the guest, or "" for builds in the user's home`, optional(guestPath))),
 	"cache_dir": put(func(i *Image) *string { return &i.CacheDir },
@@ -214,6 +215,19 @@ func operations(v any) (uint, *fault) {
 		return 0, &fault{"is " + kind(v) + ", not an integer", remedy}
 	}
 	if n != 0 && (n < least || n > most) {
+		return 0, &fault{strconv.FormatInt(n, 10) + " is out of range", remedy}
+	}
+	return uint(n), nil
+}
+
+// standby reads a number of machines.
+func standby(v any) (uint, *fault) {
+	const most, remedy = 512, "write how many machines shall stand ready, from 0 to 512"
+	n, ok := v.(int64)
+	if !ok {
+		return 0, &fault{"is " + kind(v) + ", not an integer", remedy}
+	}
+	if n < 0 || n > most {
 		return 0, &fault{strconv.FormatInt(n, 10) + " is out of range", remedy}
 	}
 	return uint(n), nil

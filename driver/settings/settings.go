@@ -135,6 +135,8 @@ type Image struct {
 	// means no limit.
 	DiskRate, NetworkRate uint64
 	DiskIOPS              uint
+	// Standby is how many machines the standby service keeps ready, 0 to 512.
+	Standby uint
 	// BuildsDir and CacheDir are absolute paths in the guest. With Shell pwsh or
 	// powershell they may start with a drive, as in "C:\builds".
 	BuildsDir, CacheDir string
