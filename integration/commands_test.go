@@ -46,7 +46,7 @@ func TestCallsThatMakeNoSenseExitWith64AndSayWhere(t *testing.T) {
 func TestEveryCommandHasHelpThatFitsATerminal(t *testing.T) {
 	t.Parallel()
 	_, all, _ := call(t, "--help")
-	for _, command := range []string{"config", "prepare", "run", "cleanup", "list", "gc", "doctor", "version"} {
+	for _, command := range []string{"config", "prepare", "run", "cleanup", "standby", "list", "gc", "doctor", "version"} {
 		if !strings.Contains(all, "\n   "+command+" ") {
 			t.Errorf("the driver's help has no command %s:\n%s", command, all)
 		}
