@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -24,7 +25,7 @@ func scripts(t *testing.T, name, log string, code map[string]string) side {
 			t.Fatal(err)
 		}
 	}
-	return side{name, runner.Scripts(dir)}
+	return side{name: name, commands: runner.Scripts(dir), boots: true}
 }
 
 func testBench(t *testing.T) *bench {
@@ -32,6 +33,7 @@ func testBench(t *testing.T) *bench {
 		watch: func() (func() (boot, error), error) {
 			return func() (boot, error) { return boot{}, nil }, nil
 		},
+		rpc:      func() []rpc { return nil },
 		dir:      t.TempDir(),
 		env:      os.Environ(),
 		progress: &bytes.Buffer{},
@@ -50,8 +52,8 @@ func readLog(t *testing.T, file string) []string {
 func TestCompare(t *testing.T) {
 	log := filepath.Join(t.TempDir(), "log")
 	b := testBench(t)
-	m, err := b.compare(t.Context(), 3, [2]side{
-		scripts(t, "A", log, nil), scripts(t, "B", log, map[string]string{"run": "/bin/true"}),
+	m, err := b.compare(t.Context(), 3, []side{
+		scripts(t, "A", log, nil), scripts(t, "B", log, map[string]string{"run": "/bin/true"}), scripts(t, "C", log, nil),
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -67,11 +69,11 @@ func TestCompare(t *testing.T) {
 		}
 	}
 	// The warm-up, three rounds, the traced round.
-	if want := "AB" + "BA" + "AB" + "BA" + "AB"; order.String() != want {
+	if want := "ABC" + "BCA" + "CAB" + "ABC" + "BCA"; order.String() != want {
 		t.Errorf("jobs ran in the order %s, want %s", &order, want)
 	}
-	// Twice in each job, but for the two that are traced.
-	if want := (2*8 + 2) * len(subStages); runs != want {
+	// Twice in each job and once more, but for the three that are traced.
+	if want := (2*12+3)*len(subStages) + 12; runs != want {
 		t.Errorf("%d run calls, want %d", runs, want)
 	}
 	for side, jobs := range m.timed {
@@ -84,14 +86,14 @@ func TestCompare(t *testing.T) {
 			}
 		}
 	}
-	for side, want := range []int{0, 1} {
+	for side, want := range []int{0, 1, 0} {
 		trace := m.traced[side][0].runs[0].Trace
 		if trace == nil || trace.Processes != want || trace.PeakRSS == 0 {
 			t.Errorf("side %d: trace of run %+v, want %d processes", side, trace, want)
 		}
 	}
-	if lines := strings.Count(b.progress.(*bytes.Buffer).String(), "\n"); lines != 10 {
-		t.Errorf("%d lines of progress, want 10", lines)
+	if lines := strings.Count(b.progress.(*bytes.Buffer).String(), "\n"); lines != 15 {
+		t.Errorf("%d lines of progress, want 15", lines)
 	}
 }
 
@@ -101,7 +103,7 @@ func TestCompareFails(t *testing.T) {
 	for _, stage := range []string{"prepare", "run", "cleanup"} {
 		log := filepath.Join(t.TempDir(), "log")
 		failing := scripts(t, "A", log, map[string]string{stage: "echo no room >&2\nexit $SYSTEM_FAILURE_EXIT_CODE"})
-		_, err := testBench(t).compare(t.Context(), 1, [2]side{failing, failing})
+		_, err := testBench(t).compare(t.Context(), 1, []side{failing, failing})
 		if err == nil {
 			t.Errorf("%s fails, compare does not", stage)
 			continue
@@ -133,7 +135,7 @@ func TestCompareIsInterrupted(t *testing.T) {
 		}
 	}()
 	began := time.Now()
-	if _, err := testBench(t).compare(ctx, 1, [2]side{slow, slow}); !errors.Is(err, why) || strings.Contains(err.Error(), "exit") {
+	if _, err := testBench(t).compare(ctx, 1, []side{slow, slow}); !errors.Is(err, why) || strings.Contains(err.Error(), "exit") {
 		t.Errorf("compare ended with %v", err)
 	}
 	if took := time.Since(began); took > 20*time.Second {
@@ -141,5 +143,86 @@ func TestCompareIsInterrupted(t *testing.T) {
 	}
 	if got, want := strings.Join(readLog(t, log), " "), "A-prepare A-cleanup"; got != want {
 		t.Errorf("calls %q, want %q", got, want)
+	}
+}
+
+// What a call leaves behind is waited for, and counted.
+func TestAJobIsOverWithWhatItLeftBehind(t *testing.T) {
+	if err := adoptAll(); err != nil {
+		t.Fatal(err)
+	}
+	log := filepath.Join(t.TempDir(), "log")
+	begun := filepath.Join(t.TempDir(), "begun")
+	leaving := scripts(t, "A", log, map[string]string{
+		"prepare": "rm -f " + begun,
+		"cleanup": `setsid sh -c 'touch ` + begun + `; i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done; echo A-left >>` + log + `' </dev/null >/dev/null 2>&1 &
+while [ ! -e ` + begun + ` ]; do sleep 0.01; done`,
+	})
+	b := testBench(t)
+	for _, traced := range []bool{false, true} {
+		j, err := b.job(t.Context(), leaving, traced)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if calls := readLog(t, log); calls[len(calls)-1] != "A-left" {
+			t.Errorf("traced %v: the job is over after %v", traced, calls)
+		}
+		if !traced && (len(j.left) != 1 || j.left[0].cpu < 0.01 || j.left[0].peak == 0) {
+			t.Errorf("left behind: %+v", j.left)
+		}
+	}
+}
+
+func TestServiceBesideAJob(t *testing.T) {
+	log := filepath.Join(t.TempDir(), "log")
+	up := filepath.Join(t.TempDir(), "up")
+	program := filepath.Join(t.TempDir(), "driver")
+	text := fmt.Sprintf("#!/bin/sh\ncase $1 in\nserve) trap 'echo service-ended >>%[1]s; exit 0' TERM; sleep 0.2; touch %[2]s; while :; do sleep 0.01; done ;;\n"+
+		"drain) rm %[2]s; echo service-drained >>%[1]s ;;\nesac\n", log, up)
+	if err := os.WriteFile(program, []byte(text), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	s := scripts(t, "A", log, nil)
+	s.command = []string{program}
+	s.beside = &service{run: []string{"serve"}, drain: []string{"drain"}, ready: func() bool {
+		_, err := os.Stat(up)
+		return err == nil
+	}}
+	b := testBench(t)
+	if _, err := b.job(t.Context(), s, true); err != nil {
+		t.Fatal(err)
+	}
+	calls := readLog(t, log)
+	if calls[0] != "A-prepare" || !slices.Equal(calls[len(calls)-3:], []string{"A-cleanup", "service-ended", "service-drained"}) {
+		t.Errorf("calls %q", calls)
+	}
+	s.beside.run = []string{"fails"}
+	if _, err := b.job(t.Context(), s, true); err == nil || !strings.Contains(err.Error(), "[fails] has ended") {
+		t.Errorf("a service that ends at once: %v", err)
+	}
+}
+
+func TestSeveral(t *testing.T) {
+	log := filepath.Join(t.TempDir(), "log")
+	b := testBench(t)
+	c, err := b.crowds(t.Context(), scripts(t, "A", log, map[string]string{"prepare": "sleep 0.2"}), []int{1, 4})
+	if err != nil {
+		t.Fatal(err)
+	}
+	cells := c.table()
+	if got := strings.Join(cells.header, " "); got != "jobs at once 1 4" {
+		t.Errorf("header %q", got)
+	}
+	for _, a := range c.timed {
+		if len(a.jobs) != cap(a.jobs) || a.gone.Before(a.ended) || between(a.began, a.ended) < 0.2 {
+			t.Errorf("batch %+v", a)
+		}
+	}
+	failing := scripts(t, "B", log, map[string]string{"run": "exit 1"})
+	if _, err := b.crowds(t.Context(), failing, []int{2}); err == nil {
+		t.Error("jobs at once fail, crowds does not")
+	}
+	if calls := readLog(t, log); calls[len(calls)-1] != "B-cleanup" {
+		t.Errorf("the last call is %s", calls[len(calls)-1])
 	}
 }

@@ -2,75 +2,56 @@ package main
 
 import (
 	"fmt"
+	"math"
 	"path/filepath"
 	"regexp"
 	"strconv"
+	"time"
 
 	"libvirt-driver/integration/runner"
 )
 
-// row compares one figure of both sides.
+// row is one figure of all sides, the baseline's first. A side that has no such
+// figure has an empty series.
 type row struct {
-	name             string
-	baseline, driver series
-	target           *target
+	name    string
+	figures []series
 }
 
-// target is what a figure is measured against.
-type target struct {
-	text string
-	met  func(baseline, driver series) bool
-}
+// group is jobs of each side, the baseline's first.
+type group [][]*job
 
-// atMost is the target of a driver that takes at most this share of the
-// baseline's figure, median by median.
-func atMost(share float64) *target {
-	return &target{fmt.Sprintf("≤ %.2f", share), func(baseline, driver series) bool {
-		return driver.median() <= share*baseline.median()
-	}}
-}
+// ways are those of the driver alone.
+func (g group) ways() group { return append(group{nil}, g[1:]...) }
 
-// below is the target of a figure that is never as much as the limit.
-func below(limit float64, unit string) *target {
-	return &target{fmt.Sprintf("< %.0f %s", limit, unit), func(_, driver series) bool {
-		return driver.quantile(1) < limit
-	}}
-}
-
-// ownAlone is the target of a count of processes: the driver's own that keeps
-// the connection to the guest, and the one that finishes its removal.
-var ownAlone = &target{"≤ 2", func(_, driver series) bool { return driver.quantile(1) <= 2 }}
-
-// none is the target of a count that is 0.
-var none = &target{"none", func(_, driver series) bool { return driver.quantile(1) == 0 }}
-
-// verdict is "" for a figure without a target.
-func (r row) verdict() string {
-	switch {
-	case r.target == nil || len(r.driver) == 0:
-		return ""
-	case r.target.met(r.baseline, r.driver):
-		return "met"
-	}
-	return "missed"
-}
-
-// pair is jobs of both sides, the baseline's first.
-type pair [2][]*job
-
-// perJob makes the row of a figure that each job has.
-func (p pair) perJob(name string, figure func(*job) float64, t *target) row {
-	var all [2]series
-	for side, jobs := range p {
+// perJob makes the row of a figure that each job has, or, where it is NaN, has
+// not.
+func (g group) perJob(name string, figure func(*job) float64) row {
+	r := row{name, make([]series, len(g))}
+	for side, jobs := range g {
 		for _, j := range jobs {
-			all[side] = append(all[side], figure(j))
+			if v := figure(j); !math.IsNaN(v) {
+				r.figures[side] = append(r.figures[side], v)
+			}
 		}
 	}
-	return row{name, all[0], all[1], t}
+	return r
 }
 
+// Rows' names that targets name, too.
+const (
+	prepareRow = "prepare"
+	atRestRow  = "run, guest at rest"
+	cleanupRow = "cleanup"
+	wholeRow   = "whole job, 8 sub-stages"
+	ownRow     = "all but that: the side's own"
+	allRow     = "whole job, all processes"
+	othersRow  = "other programs they execute"
+	largestRow = "any process of a job"
+)
+
 // perCall makes a row for each kind of call, of a figure that each call has.
-func (p pair) perCall(figure func(*runner.Result) float64, targets map[string]*target) []row {
+func (g group) perCall(figure func(*runner.Result) float64) []row {
 	var rows []row
 	for _, kind := range []struct {
 		name  string
@@ -82,19 +63,20 @@ func (p pair) perCall(figure func(*runner.Result) float64, targets map[string]*t
 			}
 			return []*runner.Result{j.config}
 		}},
-		{"prepare", func(j *job) []*runner.Result { return []*runner.Result{j.prepare} }},
+		{prepareRow, func(j *job) []*runner.Result { return []*runner.Result{j.prepare} }},
 		{"run, right after prepare", func(j *job) []*runner.Result { return j.runs }},
-		{"run, guest at rest", func(j *job) []*runner.Result { return j.atRest }},
-		{"cleanup", func(j *job) []*runner.Result { return []*runner.Result{j.cleanup} }},
+		{atRestRow, func(j *job) []*runner.Result { return j.atRest }},
+		{cleanupRow, func(j *job) []*runner.Result { return []*runner.Result{j.cleanup} }},
 	} {
-		var all [2]series
-		for side, jobs := range p {
+		r, any := row{kind.name, make([]series, len(g))}, false
+		for side, jobs := range g {
 			for _, j := range jobs {
-				all[side] = append(all[side], of(kind.calls(j), figure)...)
+				r.figures[side] = append(r.figures[side], of(kind.calls(j), figure)...)
 			}
+			any = any || len(r.figures[side]) > 0
 		}
-		if len(all[0])+len(all[1]) > 0 {
-			rows = append(rows, row{kind.name, all[0], all[1], targets[kind.name]})
+		if any {
+			rows = append(rows, r)
 		}
 	}
 	return rows
@@ -115,6 +97,8 @@ func sum(a, b float64) float64 { return a + b }
 
 func larger(a, b float64) float64 { return max(a, b) }
 
+const mib = 1 << 20
+
 // Figures of a call.
 var (
 	wall = func(r *runner.Result) float64 { return r.Duration().Seconds() }
@@ -132,62 +116,218 @@ var (
 		}
 		return float64(n)
 	}
-	peak = func(r *runner.Result) float64 { return float64(r.Trace.PeakRSS) / (1 << 20) }
+	peak = func(r *runner.Result) float64 { return float64(r.Trace.PeakRSS) / mib }
+)
+
+// Figures of a job.
+var (
+	wallOfJob = ofCalls(wall, sum)
+	keeperCPU = func(j *job) float64 { return j.keeper }
+	leftCPU   = func(j *job) float64 {
+		var all float64
+		for _, u := range j.left {
+			all += u.cpu
+		}
+		return all
+	}
+	allCPU     = func(j *job) float64 { return ofCalls(cpu, sum)(j) + keeperCPU(j) + leftCPU(j) }
+	serviceCPU = func(j *job) float64 {
+		if j.beside == 0 {
+			return math.NaN()
+		}
+		return j.beside
+	}
+	// leftPeak is that of the processes that calls left behind.
+	leftPeak = func(j *job) float64 {
+		most := j.keeperPeak
+		for _, u := range j.left {
+			most = max(most, u.peak)
+		}
+		return float64(most) / mib
+	}
+)
+
+// Tables, of which targets name some.
+const (
+	timeTable    = "Time, in seconds"
+	cpuTable     = "Processor time, in seconds"
+	processTable = "Processes that the calls of one job start"
+	memoryTable  = "Peak memory of the largest process, in MiB"
+	outsideTable = "prepare as seen from outside, in seconds"
 )
 
 // report makes the report of all that was measured.
-func (m *measurements) report(facts []string) *report {
-	n := len(m.timed[1])
-	whole := fmt.Sprintf("whole job, %d sub-stages", len(subStages))
+func (m *measurements) report() *report {
 	r := &report{
 		title: "The driver beside the documentation page's scripts",
-		facts: append([]string{
-			fmt.Sprintf("n = %d jobs of each side, in turns; medians, minima and maxima, nothing left out", n),
+		facts: []string{
+			fmt.Sprintf("n = %d jobs of each side, in turns; nothing left out; ratio: median to the baseline's", len(m.timed[0])),
 			fmt.Sprintf("run: a script that does nothing, %d times in each job, and %d times more when the guest is at rest",
 				len(subStages), len(subStages)),
-		}, facts...),
+		},
 	}
+	timed, ways := m.timed, m.timed.ways()
 
-	times := append(m.timed.perCall(wall, map[string]*target{
-		"prepare": atMost(0.95), "run, guest at rest": atMost(1.0 / 7), "cleanup": atMost(1),
-	}), m.timed.perJob(whole, ofCalls(wall, sum), nil))
-	r.compare("Time, in seconds", seconds, times)
-	r.compare("Processor time of the calls' processes, in seconds", seconds,
-		append(m.timed.perCall(cpu, nil), m.timed.perJob(whole, ofCalls(cpu, sum), nil)))
-	r.compare("Processes that the calls of one job start", count,
-		append(m.traced.perCall(processes, nil), m.traced.perJob(whole, ofCalls(processes, sum), ownAlone),
-			m.traced.perJob("other programs that they execute", ofCalls(programs, sum), none)))
-	r.compare("Peak memory of the calls' largest process, in MiB", mebibytes,
-		append(m.traced.perCall(peak, nil), m.traced.perJob("any call of a job", ofCalls(peak, larger), below(40, "MiB"))))
+	times := append(timed.perCall(wall), timed.perJob(wholeRow, wallOfJob))
+	m.compare(r, timeTable, seconds, times)
+	r.add(timeTable+": minima and maxima", m.spreads(times, seconds))
 
-	start := func(j *job) float64 { return between(j.prepare.Started, j.boot.started) }
-	end := func(j *job) float64 { return between(j.boot.listening, j.prepare.Ended) }
-	r.compare("prepare as seen from outside, in seconds", seconds, []row{
-		m.timed.perJob("call to guest started", start, nil),
-		m.timed.perJob("guest: to its address", func(j *job) float64 { return between(j.boot.started, j.boot.addressed) }, nil),
-		m.timed.perJob("guest: to its SSH port", func(j *job) float64 { return between(j.boot.addressed, j.boot.listening) }, nil),
-		m.timed.perJob("SSH port to return", end, nil),
-		m.timed.perJob("the guest's own share", func(j *job) float64 { return between(j.boot.started, j.boot.listening) }, nil),
-		m.timed.perJob("all but that: the side's own", func(j *job) float64 { return start(j) + end(j) }, nil),
-	})
-	r.add("The driver's prepare by its own log, in seconds", ownSteps(m.timed[1]))
-	if n >= enoughForPercentiles {
-		r.add("Percentiles, in seconds", percentiles(times))
+	m.compare(r, cpuTable, seconds, append(timed.perCall(cpu),
+		timed.perJob("whole job, its calls", ofCalls(cpu, sum)),
+		ways.perJob("left behind: the keeper", keeperCPU),
+		ways.perJob("left behind: the finisher", leftCPU),
+		timed.perJob(allRow, allCPU),
+		ways.perJob("beside it: the service", serviceCPU)))
+
+	m.compare(r, processTable, count, append(m.traced.perCall(processes),
+		m.traced.perJob(wholeRow, ofCalls(processes, sum)),
+		m.traced.perJob(othersRow, ofCalls(programs, sum))))
+
+	largest := m.traced.perJob(largestRow, ofCalls(peak, larger))
+	left := ways.perJob("left behind", leftPeak)
+	for side, s := range left.figures {
+		if len(s) > 0 {
+			largest.figures[side] = series{max(largest.figures[side].quantile(1), s.quantile(1))}
+		}
 	}
+	m.compare(r, memoryTable, mebibytes, append(m.traced.perCall(peak), left, largest))
+
+	outside := outsideRows(timed)
+	m.compare(r, outsideTable, seconds, outside)
+	r.add(outsideTable+": minima and maxima", m.spreads(outside, seconds))
+	m.compare(r, "The way through prepare, in seconds", seconds, prepareSteps(timed))
+	m.compare(r, "The way through run and cleanup, in seconds", seconds, cleanupSteps(timed))
+	m.compare(r, "Calls to libvirtd of one job", count, rpcRows(ways))
+	r.add("prepare by the driver's own log, in seconds", m.ownSteps())
+	if len(timed[0]) >= enoughForPercentiles {
+		r.add("Percentiles, in seconds", m.percentiles(times))
+	}
+	m.judge(r)
 	return r
 }
 
-// compare adds a table of figures of both sides, and counts their targets.
-func (r *report) compare(caption string, u unit, rows []row) {
-	for _, row := range rows {
-		switch row.verdict() {
-		case "met":
-			r.met++
-		case "missed":
-			r.missed = append(r.missed, fmt.Sprintf("%s: %s: %s", caption, row.name, row.target.text))
-		}
+// since is between two times that a job may not have.
+func since(from, to time.Time) float64 {
+	if from.IsZero() || to.IsZero() {
+		return math.NaN()
 	}
-	r.add(caption, comparison(rows, u))
+	return between(from, to)
+}
+
+// outsideRows take prepare apart where it boots a guest that was watched.
+func outsideRows(g group) []row {
+	start := func(j *job) float64 { return since(j.prepare.Started, j.boot.started) }
+	end := func(j *job) float64 { return since(j.boot.listening, j.prepare.Ended) }
+	return []row{
+		g.perJob("call to guest started", start),
+		g.perJob("guest: to its address", func(j *job) float64 { return since(j.boot.started, j.boot.addressed) }),
+		g.perJob("guest: to its SSH port", func(j *job) float64 { return since(j.boot.addressed, j.boot.listening) }),
+		g.perJob("SSH port to return", end),
+		g.perJob("the guest's own share", func(j *job) float64 { return since(j.boot.started, j.boot.listening) }),
+		g.perJob(ownRow, func(j *job) float64 { return start(j) + end(j) }),
+	}
+}
+
+// prepareSteps follow one prepare from its first instruction to its return. Of a
+// baseline, which asks libvirtd by other programs, there is what the network
+// shows.
+func prepareSteps(g group) []row {
+	ways := g.ways()
+	calls := func(j *job) []rpc { return inside(j.rpc, j.prepare.Started, j.prepare.Ended) }
+	// made is when the machine runs; where that is not this prepare's doing, when
+	// it returns.
+	made := func(j *job) time.Time {
+		if !j.boot.started.IsZero() {
+			return j.boot.started
+		}
+		if at := last(calls(j), startOrRestore); !at.IsZero() {
+			return at
+		}
+		return j.prepare.Ended
+	}
+	asked := func(some []procedure) func(*job) float64 {
+		return func(j *job) float64 { return taken(calls(j), some) }
+	}
+	first := func(j *job) float64 {
+		if calls := calls(j); len(calls) > 0 {
+			return between(j.prepare.Started, calls[0].sent)
+		}
+		return math.NaN()
+	}
+	// starting ends as the machine runs, and not with libvirtd's answer.
+	starting := func(j *job) float64 {
+		var all float64
+		for _, c := range calls(j) {
+			if taken([]rpc{c}, startOrRestore) > 0 {
+				all += max(0, between(c.sent, made(j)))
+			}
+		}
+		return all
+	}
+	others := func(j *job) float64 {
+		until := inside(j.rpc, j.prepare.Started, made(j))
+		return taken(until, nil) - taken(until, createOverlay) - taken(until, define) - taken(until, startOrRestore)
+	}
+	rest := func(j *job) float64 {
+		return between(j.prepare.Started, made(j)) - first(j) - asked(createOverlay)(j) - asked(define)(j) - starting(j) - others(j)
+	}
+	return []row{
+		ways.perJob("driver: to its first call", first),
+		ways.perJob("libvirt: overlay", asked(createOverlay)),
+		ways.perJob("libvirt: define", asked(define)),
+		ways.perJob("libvirt: start, or restore", starting),
+		ways.perJob("libvirt: what else is asked", others),
+		ways.perJob("driver: between these", rest),
+		g.perJob("guest: firmware, kernel, to DHCP", func(j *job) float64 { return since(j.boot.started, j.boot.asked) }),
+		g.perJob("guest: DHCP", func(j *job) float64 { return since(j.boot.asked, j.boot.addressed) }),
+		g.perJob("guest: to its SSH port", func(j *job) float64 { return since(j.boot.addressed, j.boot.listening) }),
+		g.perJob("that is noticed, by TCP", func(j *job) float64 { return since(j.boot.listening, j.boot.connected) }),
+		g.perJob("SSH: the server's version", func(j *job) float64 { return since(j.boot.connected, j.boot.greeted) }),
+		g.perJob("SSH: keys exchanged", func(j *job) float64 { return since(j.boot.greeted, j.boot.keyed) }),
+		g.perJob("SSH: login, session; return", func(j *job) float64 { return since(j.boot.keyed, j.prepare.Ended) }),
+	}
+}
+
+// cleanupSteps follow a run and a removal, of which the calls after cleanup's
+// return are the finisher's.
+func cleanupSteps(g group) []row {
+	ways := g.ways()
+	within := func(j *job) []rpc { return inside(j.rpc, j.cleanup.Started, j.cleanup.Ended) }
+	after := func(j *job) []rpc { return inside(j.rpc, j.cleanup.Started, time.Now()) }
+	took := func(some []procedure) func(*job) float64 {
+		return func(j *job) float64 { return taken(after(j), some) }
+	}
+	return []row{
+		g.perJob("run: to a script's first byte", func(j *job) float64 { return since(j.echo.Started, j.echo.FirstByte) }),
+		g.perJob("run: from it to return", func(j *job) float64 { return since(j.echo.FirstByte, j.echo.Ended) }),
+		ways.perJob("cleanup: to its first call", func(j *job) float64 {
+			if calls := within(j); len(calls) > 0 {
+				return between(j.cleanup.Started, calls[0].sent)
+			}
+			return math.NaN()
+		}),
+		ways.perJob("libvirt: suspend", func(j *job) float64 { return taken(within(j), suspend) }),
+		ways.perJob("libvirt: what else is asked", func(j *job) float64 { return taken(within(j), nil) - taken(within(j), suspend) }),
+		g.perJob("cleanup returns", func(j *job) float64 { return wall(j.cleanup) }),
+		ways.perJob("libvirt: destroy", took(destroy)),
+		ways.perJob("libvirt: undefine", took(undefine)),
+		ways.perJob("libvirt: delete volumes", took(deleteVolume)),
+		ways.perJob("all is gone, from the call on", func(j *job) float64 { return since(j.cleanup.Started, last(after(j), nil)) }),
+	}
+}
+
+// rpcRows count the calls to libvirtd.
+func rpcRows(ways group) []row {
+	some := func(from, to func(*job) time.Time) func(*job) float64 {
+		return func(j *job) float64 { return float64(len(inside(j.rpc, from(j), to(j)))) }
+	}
+	return []row{
+		ways.perJob("prepare", some(func(j *job) time.Time { return j.prepare.Started }, func(j *job) time.Time { return j.prepare.Ended })),
+		ways.perJob("run, all sub-stages", some(func(j *job) time.Time { return j.runs[0].Started },
+			func(j *job) time.Time { return j.runs[len(j.runs)-1].Ended })),
+		ways.perJob("cleanup", some(func(j *job) time.Time { return j.cleanup.Started }, func(j *job) time.Time { return j.cleanup.Ended })),
+		ways.perJob("after it: the finisher", some(func(j *job) time.Time { return j.cleanup.Ended }, func(*job) time.Time { return time.Now() })),
+	}
 }
 
 // unit shows a measurement, and says whether dividing two means anything.
@@ -222,25 +362,58 @@ func (u unit) spread(s series) string {
 	}
 	least, most := u.format(s.quantile(0)), u.format(s.quantile(1))
 	if least == most {
-		return ""
+		return least
 	}
 	return least + "–" + most
 }
 
-// comparison makes a table of figures of both sides.
-func comparison(rows []row, u unit) table {
-	t := table{header: []string{"", "baseline", "min–max", "driver", "min–max", "ratio", "target", ""}}
-	for _, r := range rows {
-		ratio, goal := "", ""
-		if u.ratios && len(r.baseline) > 0 && len(r.driver) > 0 && r.baseline.median() != 0 {
-			ratio = fmt.Sprintf("%.3f", r.driver.median()/r.baseline.median())
+// ratio shows what a way's median is to the baseline's.
+func (u unit) ratio(baseline, way series) string {
+	if !u.ratios || len(baseline) == 0 || len(way) == 0 || baseline.median() == 0 {
+		return ""
+	}
+	return fmt.Sprintf("%.3f", way.median()/baseline.median())
+}
+
+// compare adds a table of medians, and remembers the rows for the targets.
+func (m *measurements) compare(r *report, caption string, u unit, rows []row) {
+	t := table{header: []string{""}}
+	for side, name := range m.sides {
+		t.header = append(t.header, name)
+		if side > 0 {
+			t.header = append(t.header, "ratio")
 		}
-		if r.target != nil {
-			goal = r.target.text
+	}
+	for _, row := range rows {
+		line := []string{row.name}
+		for side, s := range row.figures {
+			line = append(line, u.middle(s))
+			if side > 0 {
+				line = append(line, u.ratio(row.figures[0], s))
+			}
 		}
-		t.rows = append(t.rows, []string{
-			r.name, u.middle(r.baseline), u.spread(r.baseline), u.middle(r.driver), u.spread(r.driver), ratio, goal, r.verdict(),
-		})
+		t.rows = append(t.rows, line)
+	}
+	r.add(caption, t)
+	m.compared = append(m.compared, compared{caption, u, rows})
+}
+
+// compared is a table of the report as targets look at it.
+type compared struct {
+	caption string
+	unit    unit
+	rows    []row
+}
+
+// spreads makes a table of minima and maxima.
+func (m *measurements) spreads(rows []row, u unit) table {
+	t := table{header: append([]string{""}, m.sides...)}
+	for _, row := range rows {
+		line := []string{row.name}
+		for _, s := range row.figures {
+			line = append(line, u.spread(s))
+		}
+		t.rows = append(t.rows, line)
 	}
 	return t
 }
@@ -251,27 +424,40 @@ var step = regexp.MustCompile(`(?m)^  ([a-z][a-z -]*?) {1,}\S.* ([0-9]+\.[0-9]+)
 
 // ownSteps makes a table of the steps that the driver's prepare has logged, in
 // the order in which they come.
-func ownSteps(jobs []*job) table {
+func (m *measurements) ownSteps() table {
 	var names []string
-	took := map[string]series{}
-	for _, j := range jobs {
-		log := append(append([]byte(nil), j.prepare.Stdout...), j.prepare.Stderr...)
-		for _, m := range step.FindAllStringSubmatch(string(log), -1) {
-			name := m[1]
-			if took[name] == nil {
-				names = append(names, name)
+	took := map[string][]series{}
+	for side, jobs := range m.timed {
+		if side == 0 {
+			continue
+		}
+		for _, j := range jobs {
+			log := append(append([]byte(nil), j.prepare.Stdout...), j.prepare.Stderr...)
+			for _, found := range step.FindAllStringSubmatch(string(log), -1) {
+				name := found[1]
+				if took[name] == nil {
+					names = append(names, name)
+					took[name] = make([]series, len(m.sides))
+				}
+				s, err := strconv.ParseFloat(found[2], 64)
+				if err != nil {
+					panic(err) // the expression lets nothing else through
+				}
+				took[name][side] = append(took[name][side], s)
 			}
-			s, err := strconv.ParseFloat(m[2], 64)
-			if err != nil {
-				panic(err) // the expression lets nothing else through
-			}
-			took[name] = append(took[name], s)
 		}
 	}
-	t := table{header: []string{"step", "median", "min–max"}}
+	t := table{header: []string{"step"}}
+	for _, name := range m.sides[1:] {
+		t.header = append(t.header, name, "min–max")
+	}
 	logged := unit{func(v float64) string { return fmt.Sprintf("%.2f", v) }, false}
 	for _, name := range names {
-		t.rows = append(t.rows, []string{name, logged.middle(took[name]), logged.spread(took[name])})
+		line := []string{name}
+		for _, s := range took[name][1:] {
+			line = append(line, logged.middle(s), logged.spread(s))
+		}
+		t.rows = append(t.rows, line)
 	}
 	return t
 }
@@ -280,25 +466,26 @@ func ownSteps(jobs []*job) table {
 // the maximum.
 const enoughForPercentiles = 20
 
-func percentiles(rows []row) table {
-	shares := []float64{0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 1}
-	t := table{header: []string{""}}
+// percentiles makes a table of each figure's spread, a line for each side.
+func (m *measurements) percentiles(rows []row) table {
+	shares := []float64{0.5, 0.9, 0.95, 0.99}
+	t := table{header: []string{"", ""}}
 	for _, q := range shares {
 		t.header = append(t.header, fmt.Sprintf("%.0f %%", 100*q))
 	}
+	t.header = append(t.header, "max", "samples")
 	for _, r := range rows {
-		for _, side := range []struct {
-			name string
-			s    series
-		}{{"baseline", r.baseline}, {"driver", r.driver}} {
-			if len(side.s) == 0 {
+		name := r.name
+		for side, s := range r.figures {
+			if len(s) == 0 {
 				continue
 			}
-			line := []string{r.name + ": " + side.name}
-			for _, q := range shares {
-				line = append(line, seconds.format(side.s.quantile(q)))
+			line := []string{name, m.sides[side]}
+			name = ""
+			for _, q := range append(shares, 1) {
+				line = append(line, seconds.format(s.quantile(q)))
 			}
-			t.rows = append(t.rows, line)
+			t.rows = append(t.rows, append(line, strconv.Itoa(len(s))))
 		}
 	}
 	return t

@@ -49,7 +49,9 @@ func (r *report) text(w io.Writer) error {
 		fmt.Fprintf(&b, "\n%s\n", s.caption)
 		s.table.text(&b)
 	}
-	fmt.Fprintf(&b, "\n%s\n", r.verdict())
+	if r.met+len(r.missed) > 0 {
+		fmt.Fprintf(&b, "\n%s\n", r.verdict())
+	}
 	for _, missed := range r.missed {
 		fmt.Fprintf(&b, "  missed: %s\n", missed)
 	}
@@ -96,7 +98,9 @@ func (r *report) markdown(w io.Writer) error {
 		fmt.Fprintf(&b, "\n## %s\n\n", s.caption)
 		s.table.markdown(&b)
 	}
-	fmt.Fprintf(&b, "\n%s.\n", r.verdict())
+	if r.met+len(r.missed) > 0 {
+		fmt.Fprintf(&b, "\n%s.\n", r.verdict())
+	}
 	for i, missed := range r.missed {
 		if i == 0 {
 			b.WriteString("\n")

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -18,10 +19,16 @@ import (
 type boot struct {
 	// started is when libvirt said that the domain runs.
 	started time.Time
+	// asked is when the guest's first DHCP packet came.
+	asked time.Time
 	// addressed is when the DHCP server acknowledged the guest's address.
 	addressed time.Time
 	// listening is when the guest's port 22 answered.
 	listening time.Time
+	// connected is when it answered to who is to log in, of whose connection greeted
+	// is when the server sent its version, and keyed when it was done with exchanging
+	// keys. What comes then is encrypted. They are zero where that was not seen.
+	connected, greeted, keyed time.Time
 }
 
 // watch looks at the packets on the guests' bridge, where one guest at a time
@@ -88,7 +95,7 @@ func (w *watch) end() (boot, error) {
 	w.wire.Close()
 	<-w.done
 	switch {
-	case w.err != nil:
+	case w.err != nil && !errors.Is(w.err, os.ErrClosed):
 		return w.seen, w.err
 	case w.seen.addressed.IsZero():
 		return w.seen, errors.New("no DHCP server has given the guest an address")
@@ -98,16 +105,21 @@ func (w *watch) end() (boot, error) {
 	return w.seen, nil
 }
 
-// follow reads packets until the guest's SSH server has answered.
+// follow reads packets until the guest's SSH server has exchanged keys with who
+// is to log in.
 func (w *watch) follow() {
 	defer close(w.done)
-	frame := make([]byte, 4096) // more than a DHCP answer takes
+	frame := make([]byte, 68<<10) // the kernel cuts what is sent into packets later
 	var guest netip.Addr
 	var probe []byte
-	for w.seen.listening.IsZero() {
+	var talk greeting
+	for w.seen.keyed.IsZero() {
 		n, err := w.wire.Read(frame)
 		now := time.Now()
 		switch {
+		case errors.Is(err, os.ErrDeadlineExceeded) && !w.seen.listening.IsZero():
+			w.err = w.wire.SetReadDeadline(time.Time{})
+			continue
 		case errors.Is(err, os.ErrDeadlineExceeded):
 			if _, w.err = w.wire.Write(probe); w.err == nil {
 				w.err = w.wire.SetReadDeadline(now.Add(probing))
@@ -132,9 +144,77 @@ func (w *watch) follow() {
 				return
 			}
 		}
-		if from := answered(frame[:n]); from.IsValid() && from == guest {
+		if w.seen.asked.IsZero() && asks(frame[:n]) {
+			w.seen.asked = now
+		}
+		if from := answered(frame[:n]); w.seen.listening.IsZero() && from.IsValid() && from == guest {
 			w.seen.listening = now
 		}
+		if protocol, from, segment := ipv4(frame[:n]); protocol == syscall.IPPROTO_TCP && from == guest {
+			talk.read(segment, now)
+			w.seen.connected, w.seen.greeted, w.seen.keyed = talk.connected, talk.greeted, talk.keyed
+		}
+	}
+}
+
+// asks reports whether the frame has a DHCP client's message.
+func asks(frame []byte) bool {
+	protocol, _, datagram := ipv4(frame)
+	return protocol == syscall.IPPROTO_UDP && len(datagram) >= 8 &&
+		binary.BigEndian.Uint16(datagram) == dhcpv4.ClientPort && binary.BigEndian.Uint16(datagram[2:]) == dhcpv4.ServerPort
+}
+
+// greeting is what an SSH server says before it encrypts, on the newest of its
+// connections: https://www.rfc-editor.org/rfc/rfc4253
+type greeting struct {
+	connected, greeted, keyed time.Time
+
+	port uint16 // the client's
+	next uint32 // the sequence number of what comes next
+	text []byte // what has come and is not understood yet
+}
+
+// read reads a TCP segment from the guest.
+func (g *greeting) read(segment []byte, now time.Time) {
+	if len(segment) < 20 || binary.BigEndian.Uint16(segment) != ssh {
+		return
+	}
+	port, sequence := binary.BigEndian.Uint16(segment[2:]), binary.BigEndian.Uint32(segment[4:])
+	header := int(segment[12]>>4) * 4
+	switch {
+	case port == prober || header < 20 || header > len(segment):
+		return
+	case segment[13]&(tcpSYN|tcpACK) == tcpSYN|tcpACK:
+		if port != g.port {
+			*g = greeting{connected: now, port: port, next: sequence + 1}
+		}
+		return
+	case port != g.port || sequence != g.next: // sent once more
+		return
+	}
+	data := segment[header:]
+	g.next += uint32(len(data))
+	g.text = append(g.text, data...)
+	for g.greeted.IsZero() {
+		line, rest, found := bytes.Cut(g.text, []byte("\n"))
+		if !found {
+			return
+		}
+		g.text = rest
+		if bytes.HasPrefix(line, []byte("SSH-")) {
+			g.greeted = now
+		}
+	}
+	const newKeys = 21
+	for len(g.text) >= 6 && g.keyed.IsZero() {
+		packet := 4 + int(binary.BigEndian.Uint32(g.text)) // then a byte about padding, then the message
+		if g.text[5] == newKeys {
+			g.keyed = now
+		}
+		if packet > len(g.text) {
+			return
+		}
+		g.text = g.text[packet:]
 	}
 }
 

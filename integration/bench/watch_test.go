@@ -144,6 +144,7 @@ func TestWatch(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	send(fromGuest(syscall.IPPROTO_UDP, []byte{0, 68, 0, 67, 0, 8, 0, 0}))
 	// Nothing is asked before the guest has its address.
 	send(answer(t, dhcpv4.MessageTypeOffer))
 	acknowledgedAt := time.Now()
@@ -161,6 +162,10 @@ func TestWatch(t *testing.T) {
 	}
 	answeredAt := time.Now()
 	send(fromGuest(syscall.IPPROTO_TCP, segment(22, prober, tcpSYN|tcpACK)))
+	loginAt := time.Now()
+	for _, s := range sshServer() {
+		send(fromGuest(syscall.IPPROTO_TCP, s))
+	}
 	<-w.done
 	seen, err := w.end()
 	if err != nil {
@@ -168,6 +173,56 @@ func TestWatch(t *testing.T) {
 	}
 	if seen.addressed.Before(acknowledgedAt) || seen.addressed.After(answeredAt) || seen.listening.Before(answeredAt) {
 		t.Errorf("address at %v, SSH at %v; sent at %v and %v", seen.addressed, seen.listening, acknowledgedAt, answeredAt)
+	}
+	if seen.asked.IsZero() || seen.asked.After(seen.addressed) || seen.connected.Before(loginAt) || seen.greeted.Before(seen.connected) || seen.keyed.Before(seen.greeted) {
+		t.Errorf("seen %+v, SSH from %v on", seen, loginAt)
+	}
+}
+
+// sshServer is what a server says on a connection until it encrypts, in segments
+// that do not keep to its packets.
+func sshServer() [][]byte {
+	packet := func(kind byte, size int) []byte {
+		p := binary.BigEndian.AppendUint32(nil, uint32(size))
+		return append(append(p, 4, kind), make([]byte, size-2)...)
+	}
+	text := []byte("a line before\r\nSSH-2.0-OpenSSH_9.2\r\n")
+	text = append(append(append(text, packet(20, 900)...), packet(31, 200)...), packet(21, 12)...)
+	text = append(text, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff) // encrypted
+	segments := [][]byte{segment(22, 40000, tcpSYN|tcpACK)}
+	binary.BigEndian.PutUint32(segments[0][4:], 0xfffffff0) // the numbers come round
+	sequence := uint32(0xfffffff1)
+	for len(text) > 0 {
+		n := min(len(text), 100)
+		s := segment(22, 40000, tcpACK)
+		binary.BigEndian.PutUint32(s[4:], sequence)
+		segments = append(segments, append(s, text[:n]...))
+		text, sequence = text[n:], sequence+uint32(n)
+	}
+	return segments
+}
+
+func TestGreeting(t *testing.T) {
+	segments := sshServer()
+	at := func(i int) time.Time { return time.Unix(int64(1000+i), 0) }
+	var g greeting
+	for i, s := range segments {
+		g.read(s, at(i))
+		g.read(s, at(i+500)) // sent once more
+	}
+	// 20 bytes of a line, 40 of the version; 904 and 204 of packets; the 16 that end it.
+	if g.connected != at(0) || g.greeted != at(1) || g.keyed != at(12) {
+		t.Errorf("connected %v, greeted %v, keyed %v of %d segments", g.connected.Unix(), g.greeted.Unix(), g.keyed.Unix(), len(segments))
+	}
+	for i, s := range segments {
+		for n := range len(s) {
+			g.read(s[:n], at(i)) // of whatever length
+		}
+	}
+	again := segment(22, 40001, tcpSYN|tcpACK)
+	g.read(again, at(700))
+	if g.connected != at(700) || !g.greeted.IsZero() || !g.keyed.IsZero() {
+		t.Errorf("a new connection: %+v", g)
 	}
 }
 

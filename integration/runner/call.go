@@ -29,6 +29,8 @@ type Result struct {
 	// StdoutBytes and StderrBytes count all of it.
 	Stdout, Stderr           []byte
 	StdoutBytes, StderrBytes int64
+	// FirstByte is when the first of stdout came; zero when none did.
+	FirstByte time.Time
 
 	// Started is just before the process was started, Exited when it had ended,
 	// Ended when its stdout and stderr had ended too, or when Runner gave up.
@@ -327,7 +329,7 @@ func (c *Call) finish(given error) {
 		} else if err := errors.Join(c.stdout.err, c.stderr.err); err != nil && r.Err == nil {
 			r.Err = err
 		}
-		r.Stdout, r.StdoutBytes = c.stdout.bytes(), c.stdout.written()
+		r.Stdout, r.StdoutBytes, r.FirstByte = c.stdout.bytes(), c.stdout.written(), c.stdout.begun()
 		r.Stderr, r.StderrBytes = c.stderr.bytes(), c.stderr.written()
 		c.interpret(r)
 		c.result = r
@@ -353,11 +355,15 @@ type capture struct {
 	mu    sync.Mutex
 	buf   []byte
 	total int64
+	first time.Time // when the first byte came
 }
 
 func (c *capture) Write(p []byte) (int, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if c.total == 0 && len(p) > 0 {
+		c.first = time.Now()
+	}
 	c.total += int64(len(p))
 	switch keep := c.limit - int64(len(c.buf)); {
 	case c.limit == 0:
@@ -373,6 +379,12 @@ func (c *capture) bytes() []byte {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.buf[:len(c.buf):len(c.buf)]
+}
+
+func (c *capture) begun() time.Time {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.first
 }
 
 func (c *capture) written() int64 {
