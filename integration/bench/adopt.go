@@ -50,19 +50,32 @@ func waitForAdopted(ctx context.Context) ([]usage, error) {
 			return ended, err
 		}
 		for _, pid := range pids {
-			// Not wait4(2), which would also take the stops of a process that is traced.
-			var info unix.Siginfo
-			var took unix.Rusage
-			err := unix.Waitid(unix.P_PID, pid, &info, unix.WEXITED|unix.WNOHANG, &took)
-			if err == nil && info.Signo != 0 {
-				cpu := time.Duration(took.Utime.Nano() + took.Stime.Nano())
-				ended = append(ended, usage{pid, cpu.Seconds(), took.Maxrss << 10})
+			if took, over := reap(pid); over {
+				ended = append(ended, took)
 			}
 		}
 		if err := pause(ctx, 2*time.Millisecond); err != nil {
 			return ended, fmt.Errorf("processes that calls have left behind do not end: %v", pids)
 		}
 	}
+}
+
+// reap takes the end of a child, if it has ended, and what it took. A child that
+// is traced and has stopped is left to who traces it: any wait that does not only
+// look would take that from them.
+func reap(pid int) (usage, bool) {
+	const exited, killed, dumped = 1, 2, 3 // CLD_EXITED and so on: sigaction(2)
+	var info unix.Siginfo
+	var took unix.Rusage
+	err := unix.Waitid(unix.P_PID, pid, &info, unix.WEXITED|unix.WNOHANG|unix.WNOWAIT, &took)
+	if err != nil || info.Signo == 0 || info.Code != exited && info.Code != killed && info.Code != dumped {
+		return usage{}, false
+	}
+	if unix.Waitid(unix.P_PID, pid, nil, unix.WEXITED|unix.WNOHANG, nil) != nil {
+		return usage{}, false // who traces it has taken it
+	}
+	cpu := time.Duration(took.Utime.Nano() + took.Stime.Nano())
+	return usage{pid, cpu.Seconds(), took.Maxrss << 10}, true
 }
 
 // adopted returns the children that are in a session of their own.
