@@ -183,6 +183,7 @@ func run(ctx context.Context, out, progress io.Writer, o options) error {
 		progress: progress,
 	}
 	r := &report{title: "The driver's jobs"}
+	var m *measurements
 	if o.rounds > 0 {
 		sides := []side{{name: "baseline", commands: runner.Scripts(o.scripts), boots: true}}
 		for _, w := range o.ways {
@@ -191,21 +192,23 @@ func run(ctx context.Context, out, progress io.Writer, o options) error {
 				image: w.name, boots: w.boots, command: direct, beside: w.beside,
 			})
 		}
-		m, err := b.compare(ctx, o.rounds, sides)
-		if err != nil {
+		if m, err = b.compare(ctx, o.rounds, sides); err != nil {
 			return err
 		}
 		r = m.report()
 	}
+	var failed error // which takes nothing from what was measured before
 	if len(o.many) > 0 {
-		c, err := b.crowds(ctx, tinySide(counted), o.many)
-		if err != nil {
-			return err
+		var c *crowd
+		if c, failed = b.crowds(ctx, tinySide(counted), o.many); failed == nil {
+			r.add("Many jobs of tiny guests at once, each booted", c.table())
 		}
-		r.add("Many jobs of tiny guests at once, each booted", c.table())
+	}
+	if m != nil {
+		m.judge(r)
 	}
 	r.facts = append(r.facts, append(facts, loadAverage("at the end"))...)
-	err = r.text(out)
+	err = errors.Join(failed, r.text(out))
 	if o.markdown != "" {
 		err = errors.Join(err, writeFile(o.markdown, r.markdown))
 	}

@@ -48,7 +48,8 @@ var (
 // names are the procedures' that the driver's jobs may call.
 var names = map[procedure]string{
 	{remote, 1}: "ConnectOpen", {remote, 2}: "ConnectClose", {remote, 7}: "ConnectGetCapabilities",
-	{remote, 10}: "DomainCreateXML", {remote, 14}: "DomainGetXMLDesc", {remote, 23}: "DomainLookupByName",
+	{remote, 10}: "DomainCreateXML", {remote, 14}: "DomainGetXMLDesc", {remote, 16}: "DomainGetInfo",
+	{remote, 23}: "DomainLookupByName", {remote, 70}: "AuthPolkit", {remote, 317}: "ConnectDomainEventCallbackDeregisterAny",
 	{remote, 28}: "DomainResume", {remote, 34}: "DomainSuspend", {remote, 43}: "NetworkGetXMLDesc",
 	{remote, 46}: "NetworkLookupByName", {remote, 54}: "DomainRestore", {remote, 66}: "AuthList",
 	{remote, 83}: "StoragePoolRefresh", {remote, 84}: "StoragePoolLookupByName", {remote, 87}: "StoragePoolGetInfo",

@@ -5,6 +5,7 @@ import (
 	"math"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"time"
 
@@ -156,7 +157,7 @@ const (
 	outsideTable = "prepare as seen from outside, in seconds"
 )
 
-// report makes the report of all that was measured.
+// report makes the report of all that was measured, but for the targets.
 func (m *measurements) report() *report {
 	r := &report{
 		title: "The driver beside the documentation page's scripts",
@@ -202,7 +203,6 @@ func (m *measurements) report() *report {
 	if len(timed[0]) >= enoughForPercentiles {
 		r.add("Percentiles, in seconds", m.percentiles(times))
 	}
-	m.judge(r)
 	return r
 }
 
@@ -385,6 +385,9 @@ func (m *measurements) compare(r *report, caption string, u unit, rows []row) {
 		}
 	}
 	for _, row := range rows {
+		if !slices.ContainsFunc(row.figures, func(s series) bool { return len(s) > 0 }) {
+			continue
+		}
 		line := []string{row.name}
 		for side, s := range row.figures {
 			line = append(line, u.middle(s))

@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"fmt"
 	"math"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -11,6 +13,7 @@ import (
 	"unicode/utf8"
 
 	"libvirt-driver/driver/gitlab"
+	"libvirt-driver/driver/settings"
 	"libvirt-driver/integration/runner"
 )
 
@@ -227,6 +230,7 @@ func sample(n int) *measurements {
 func TestReport(t *testing.T) {
 	m := sample(enoughForPercentiles)
 	r := m.report()
+	m.judge(r)
 	r.facts = append(r.facts, "machine: 2 cores")
 
 	var text, markdown bytes.Buffer
@@ -340,6 +344,22 @@ func TestSettings(t *testing.T) {
 	want := "virt_type = \"qemu\"\nsocket = \"/s\"\n[defaults]\nvolume = \"gitlab-runner-base.qcow2\"\n[images.standby]\nstandby = 1\n[images.boot]\n[images.tiny]\n" + tiny
 	if got := o.settings("/s"); got != want {
 		t.Errorf("settings\n%s\nwant\n%s", got, want)
+	}
+	// The keys of the other ways are of no matter to a machine that is booted.
+	o.ways = slices.DeleteFunc(o.ways, func(w way) bool { return w.name != "boot" })
+	file := filepath.Join(t.TempDir(), "config.toml")
+	if err := os.WriteFile(file, []byte(o.settings("/s")), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	read, err := settings.Load(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// boot is the driver's default, whose name alone is another.
+	boot, err := read.Image("boot")
+	byDefault, err2 := settings.Default().Image("")
+	if boot.Name = byDefault.Name; err != nil || err2 != nil || boot != byDefault {
+		t.Errorf("way boot is %+v (%v), not the default %+v (%v)", boot, err, byDefault, err2)
 	}
 	if fmt.Sprint(o.many) != "[1 16]" {
 		t.Errorf("many: %v", o.many)
