@@ -213,8 +213,8 @@ func TestSeveral(t *testing.T) {
 	if got := strings.Join(cells.header, " "); got != "jobs at once 1 4" {
 		t.Errorf("header %q", got)
 	}
-	for _, a := range c.timed {
-		if len(a.jobs) != cap(a.jobs) || a.gone.Before(a.ended) || between(a.began, a.ended) < 0.2 {
+	for i, a := range c.timed {
+		if len(a.jobs) != []int{1, 4}[i] || len(c.traced[i].jobs) != len(a.jobs) || a.gone.Before(a.ended) || between(a.began, a.ended) < 0.2 {
 			t.Errorf("batch %+v", a)
 		}
 	}

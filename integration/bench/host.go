@@ -122,8 +122,8 @@ func (h *host) facts(ctx context.Context, o options) ([]string, error) {
 		fmt.Sprintf("machine: %d cores (%s), %s memory", runtime.NumCPU(),
 			cpuModel(procField("/proc/cpuinfo", "model name")), gibibytes(procField("/proc/meminfo", "MemTotal"))),
 		fmt.Sprintf("host: Linux %s, libvirt %s, QEMU %s", utsname(kernel.Release[:]), version(library), version(qemu)),
-		fmt.Sprintf("guests: %s, of gitlab-runner-base.qcow2, 2 vCPUs and 2 GiB: both sides' defaults", how),
-		"driver: " + strings.TrimSpace(string(driver)),
+		fmt.Sprintf("guests: %s, of gitlab-runner-base.qcow2, 2 vCPUs and 2 GiB: all sides' defaults", how),
+		"driver: " + strings.TrimSpace(string(driver)) + ", whose calls to libvirtd pass through bench",
 		loadAverage("at the beginning"),
 	}, nil
 }

@@ -201,7 +201,7 @@ func run(ctx context.Context, out, progress io.Writer, o options) error {
 	if len(o.many) > 0 {
 		var c *crowd
 		if c, failed = b.crowds(ctx, tinySide(counted), o.many); failed == nil {
-			r.add("Many jobs of tiny guests at once, each booted", c.table())
+			r.add("Many jobs at once, of tiny guests that boot (1 vCPU, 256 MiB)", c.table())
 		}
 	}
 	if m != nil {
