@@ -77,7 +77,8 @@ func inspect(t *testing.T, name string, archive []byte) {
 		t.Fatal(err)
 	}
 	want := map[string]bool{"libvirt-driver": true, "config.toml": true, "runner-config.toml": true,
-		"libvirt-driver-gc.service": true, "libvirt-driver-gc.timer": true}
+		"libvirt-driver-gc.service": true, "libvirt-driver-gc.timer": true,
+		"libvirt-driver-standby.service": true}
 	for files := tar.NewReader(unzipped); ; {
 		header, err := files.Next()
 		if err == io.EOF {

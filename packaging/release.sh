@@ -28,7 +28,8 @@ for arch in amd64 arm64 riscv64 ppc64le s390x; do
 	CGO_ENABLED=0 GOOS=linux GOARCH=$arch go build -trimpath -buildvcs=false \
 		-ldflags "-s -w -buildid= -X main.version=$version" -o "$stage/$name/libvirt-driver" .
 	install -m 0644 packaging/config.toml packaging/runner-config.toml \
-		packaging/libvirt-driver-gc.service packaging/libvirt-driver-gc.timer "$stage/$name/"
+		packaging/libvirt-driver-gc.service packaging/libvirt-driver-gc.timer \
+		packaging/libvirt-driver-standby.service "$stage/$name/"
 	tar --create --directory "$stage" --sort=name --format=ustar --mtime="@$epoch" --owner=0 --group=0 --numeric-owner \
 		--mode='u=rwX,go=rX' "$name" | gzip --no-name --best >"$folder/$name.tar.gz"
 	archives+=("$name.tar.gz")
