@@ -43,7 +43,7 @@ func (l *lockedBuffer) String() string {
 	return l.b.String()
 }
 
-// serve starts a standby service. Whatever stands ready at the test's end is drained, and nothing may be left.
+// serve starts a standby service, which ends with the test at the latest.
 func serve(t *testing.T, s settings) *service {
 	t.Helper()
 	v := &service{cmd: exec.Command(binary, "--config", string(s), "standby"), stderr: &lockedBuffer{}, done: make(chan struct{})}
@@ -145,6 +145,7 @@ func TestStandby(t *testing.T) {
 	s := newSettings(t, tiny(image))
 	t.Cleanup(func() { drain(t, s) })
 	cfg := s.runner(t)
+	whole := t // the service outlives the parts
 	v := serve(t, s)
 	first := untilReady(t, s, 2)
 
@@ -160,7 +161,7 @@ func TestStandby(t *testing.T) {
 	t.Run("it survives to be killed, and its machines do", func(t *testing.T) {
 		v.stop(t, syscall.SIGKILL)
 		command(t, binary, "--config", string(s), "gc") // which leaves them alone
-		v = serve(t, s)
+		v = serve(whole, s)
 		time.Sleep(5 * time.Second) // it has looked at least once
 		if now := untilReady(t, s, 2); !slices.Equal(now, first) {
 			t.Errorf("%q stood ready, now %q", first, now)
@@ -244,7 +245,7 @@ func TestStandby(t *testing.T) {
 		want(t, ex, ex.Prepare(t.Context()), 0, "threw a machine away", "is shut off (destroyed)")
 		output(t, ex, "true")
 		wantGone(t, "libvirt-driver-standby-")
-		v = serve(t, s)
+		v = serve(whole, s)
 		untilReady(t, s, 2)
 	})
 
@@ -267,7 +268,7 @@ func TestStandby(t *testing.T) {
 		old := untilReady(t, s, 2)
 		v.stop(t, syscall.SIGTERM)
 		s.write(t, tiny(strings.Replace(image, "standby = 2", "standby = 1\nmemory = \"272 MiB\"", 1)))
-		v = serve(t, s)
+		v = serve(whole, s)
 		now := untilReady(t, s, 1)
 		for _, domain := range old {
 			wantGone(t, domain)
@@ -300,7 +301,7 @@ func TestStandby(t *testing.T) {
 	})
 
 	t.Run("a service that is killed as it makes one", func(t *testing.T) {
-		v = serve(t, s)
+		v = serve(whole, s)
 		until(t, "there is a domain", func() bool { return strings.Contains(virsh(t, "list", "--all", "--name"), "libvirt-driver-standby-") })
 		v.stop(t, syscall.SIGKILL)
 		command(t, binary, "--config", string(s), "gc")
