@@ -4,7 +4,9 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"os"
+	"slices"
 	"strconv"
 	"text/tabwriter"
 	"time"
@@ -25,11 +27,13 @@ func listCommand() *cli.Command {
 	return &cli.Command{
 		Name:            "list",
 		Usage:           "show the driver's machines on this host",
-		UsageText:       "libvirt-driver [--config FILE] list [--json]",
+		UsageText:       "libvirt-driver [--config FILE] list [--json | --metrics]",
 		Description:     listHelp,
 		HideHelpCommand: true,
 		OnUsageError:    usageError,
-		Flags:           []cli.Flag{jsonFlag},
+		Flags: []cli.Flag{jsonFlag, &cli.BoolFlag{
+			Name: "metrics", Usage: "print how many there are, for Prometheus, in place of a table",
+		}},
 		Action: onHost(func(c *cli.Context, host *driver.Host) error {
 			machines, err := host.List(c.Context)
 			if err != nil {
@@ -37,6 +41,9 @@ func listCommand() *cli.Command {
 			}
 			if c.Bool("json") {
 				return printJSON(os.Stdout, machines)
+			}
+			if c.Bool("metrics") {
+				return printMetrics(os.Stdout, machines)
 			}
 			return printMachines(os.Stdout, machines)
 		}),
@@ -137,6 +144,32 @@ func printMachines(w io.Writer, machines []driver.Machine) error {
 			clip(m.State, 24), dash(clip(m.Address, 21)), disk)
 	}
 	return table.Flush()
+}
+
+// printMetrics prints how many machines there are of each kind, and what their
+// disks take, in the format of
+// https://prometheus.io/docs/instrumenting/exposition_formats/.
+func printMetrics(w io.Writer, machines []driver.Machine) error {
+	count, disk := map[string]int{}, map[string]uint64{}
+	for _, m := range machines {
+		use := "job"
+		if m.Job == 0 {
+			use = "ready"
+		}
+		// Quote writes what the format's strings cannot hold in the ways that they have.
+		kind := fmt.Sprintf("{image=%q,start=%q,use=%q}", gitlab.Harmless(m.Image), m.Start, use)
+		count[kind]++
+		disk[kind] += m.Disk
+	}
+	_, err := fmt.Fprint(w, "# HELP libvirt_driver_machines Machines on this host.\n# TYPE libvirt_driver_machines gauge\n")
+	for _, kind := range slices.Sorted(maps.Keys(count)) {
+		fmt.Fprintf(w, "libvirt_driver_machines%s %d\n", kind, count[kind])
+	}
+	fmt.Fprint(w, "# HELP libvirt_driver_disk_bytes What their disks take of the host's.\n# TYPE libvirt_driver_disk_bytes gauge\n")
+	for _, kind := range slices.Sorted(maps.Keys(disk)) {
+		_, err = fmt.Fprintf(w, "libvirt_driver_disk_bytes%s %d\n", kind, disk[kind])
+	}
+	return err
 }
 
 // whole drops what a size has beyond whole MiB, or KiB where it has no MiB.

@@ -72,6 +72,9 @@ image, how it came to be (boot, standby, memory), its age, the state of its doma
 address, and what its disk takes of the host's. A machine that is nobody's yet has no job. A
 domain without a volume has the disk "none", a volume without a domain the state "no domain".
 
+With --metrics it prints numbers for Prometheus instead: machines, and the bytes that they take
+of the host's disk, by image, by how they came to be, and by whether a job has them.
+
 Reads the settings uri and socket, and the pools of all images.
 
 Exits with 0, or with 1 when libvirt cannot be asked.`
