@@ -2,12 +2,16 @@ package driver
 
 import (
 	"context"
+	"errors"
 	"os"
 	"path/filepath"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"libvirt-driver/domainxml"
+	"libvirt-driver/driver/settings"
 )
 
 const ownName = "libvirt-driver-standby-0123456789ab"
@@ -88,5 +92,107 @@ func TestARecordThatCannotBeReadIsNotPassedOver(t *testing.T) {
 		if domain, err := s.domainOf(machineName); err == nil {
 			t.Errorf("%q is taken for %s", doc, domain)
 		}
+	}
+}
+
+// stand puts a machine that fits the stage's job where it is looked for.
+func (s *stage) stand(t *testing.T, domain string) {
+	t.Helper()
+	m, err := s.plan()
+	if err != nil {
+		t.Fatal(err)
+	}
+	fits, err := s.fingerprint(context.Background(), m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := domainxml.Metadata{Pool: "default", Volume: volumeName(domain), Created: time.Now(), Start: startStandby}.Element()
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.host.mu.Lock()
+	s.host.domains[domain] = text
+	s.host.mu.Unlock()
+	if err := os.MkdirAll(s.LockDir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	ready := standing{binding{domain}, fits, contact{Address: "192.0.2.7:22", HostKey: "ssh-ed25519 AAAA"}.of(m.image), time.Now()}
+	if err := s.line(ready); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestOneJobGetsAMachineThatStandsReady(t *testing.T) {
+	for range 50 {
+		s := newStage(t, nil)
+		s.stand(t, ownName)
+		m, err := s.plan()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var claims sync.WaitGroup
+		var claimed atomic.Int32
+		for i := range 8 {
+			job := m
+			job.job.ID += int64(i)
+			job.name = job.job.Machine()
+			claims.Go(func() {
+				if _, ok := s.claim(context.Background(), &job); ok {
+					claimed.Add(1)
+					if domain, err := s.domainOf(job.name); err != nil || domain != ownName || job.domain != ownName {
+						t.Errorf("claimed %s, on record is %s, %v", job.domain, domain, err)
+					}
+				}
+			})
+		}
+		claims.Wait()
+		if n := claimed.Load(); n != 1 {
+			t.Fatalf("%d jobs have the machine", n)
+		}
+	}
+}
+
+func TestAMachineIsClaimedOnlyByAJobThatItFits(t *testing.T) {
+	for what, change := range map[string]func(*stage, *machine){
+		"memory":        func(_ *stage, m *machine) { m.image.Memory *= 2 },
+		"network":       func(_ *stage, m *machine) { m.image.Network = "other" },
+		"base volume":   func(s *stage, m *machine) { s.host.volumes["default/gitlab-runner-base.qcow2"]++ },
+		"emulation":     func(s *stage, m *machine) { s.Settings.VirtType = settings.VirtKVM },
+		"nothing (max)": func(_ *stage, m *machine) { m.image.MaxMemory = 1 << 40 },
+	} {
+		s := newStage(t, nil)
+		s.stand(t, ownName)
+		m, err := s.plan()
+		if err != nil {
+			t.Fatal(err)
+		}
+		change(s, &m)
+		if _, claimed := s.claim(context.Background(), &m); claimed != (what == "nothing (max)") {
+			t.Errorf("%s: claimed %v", what, claimed)
+		}
+	}
+}
+
+func TestAJobThatFindsNoRoomHasAReadyMachineRemoved(t *testing.T) {
+	s := newStage(t, nil)
+	s.stand(t, ownName)
+	s.Settings.Timeouts.Turn = time.Second
+	s.host.memory.Available = 0
+	m, err := s.plan()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.admit(context.Background(), m); err == nil {
+		t.Error("let in without room")
+	}
+	if _, there := s.host.domains[ownName]; there || s.isReady(ownName) {
+		t.Error("the machine stands ready still")
+	}
+	if s.crowded() {
+		t.Error("someone seems to wait for room")
+	}
+	m.ahead = true
+	if _, err := s.admit(context.Background(), m); !errors.Is(err, errNoRoom) {
+		t.Errorf("made ahead without room: %v", err)
 	}
 }
