@@ -5,7 +5,6 @@ package domainxml
 
 import (
 	"fmt"
-	"net/netip"
 
 	"libvirt.org/go/libvirtxml"
 )
@@ -39,9 +38,6 @@ type Machine struct {
 	// Filter is the libvirt network filter that the guest's packets pass; it
 	// needs a Linux bridge, too. Optional.
 	Filter string
-	// Address is the one IPv4 address that the filter lets the guest speak as.
-	// Without it libvirt learns one from the guest's first packets. Optional.
-	Address netip.Addr
 	// Limits bounds what the guest may take of the host's disk and network.
 	Limits Limits
 	// ConsoleLog is the host's file that receives what the guest writes to
@@ -276,11 +272,10 @@ func (m Machine) networkInterface() libvirtxml.DomainInterface {
 		Bandwidth: m.Limits.network(),
 	}
 	if m.Filter != "" {
+		// It is not told the address, which the driver may know: libvirt would put
+		// all of the filter up before the guest starts, which takes it a second and
+		// more, rather than when it has seen the guest's first packets.
 		nic.FilterRef = &libvirtxml.DomainInterfaceFilterRef{Filter: m.Filter}
-		if m.Address.IsValid() {
-			// https://libvirt.org/formatnwfilter.html#usage-of-variables-in-filters
-			nic.FilterRef.Parameters = []libvirtxml.DomainInterfaceFilterParam{{Name: "IP", Value: m.Address.String()}}
-		}
 	}
 	if m.Isolated {
 		nic.PortOptions = &libvirtxml.DomainInterfacePortOptions{Isolated: "yes"}

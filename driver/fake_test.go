@@ -179,10 +179,6 @@ func (h *host) Reserve(_ context.Context, network, mac string) (netip.Addr, erro
 	return netip.MustParseAddr("192.0.2.7"), h.note("Reserve", network, mac)
 }
 
-func (h *host) SetFilterAddress(_ context.Context, domain, mac string, address netip.Addr) error {
-	return h.note("SetFilterAddress", domain, mac, address)
-}
-
 func (h *host) Unreserve(_ context.Context, network, mac string) error {
 	return h.note("Unreserve", network, mac)
 }

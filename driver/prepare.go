@@ -264,7 +264,6 @@ func (s *Stage) startMachine(ctx context.Context, m machine, disk disk, identity
 		MAC:      m.mac,
 		Isolated: m.image.Isolated,
 		Filter:   m.image.Filter,
-		Address:  m.address,
 		Limits: domainxml.Limits{
 			DiskRate: m.image.DiskRate, DiskIOPS: uint64(m.image.DiskIOPS), NetworkRate: m.image.NetworkRate,
 		},

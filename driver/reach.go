@@ -24,7 +24,7 @@ const (
 	// glance is the pause between two looks that cost the guest nothing: whether
 	// it has an address, and whether something listens there, which its kernel
 	// answers by itself.
-	glance = 25 * time.Millisecond
+	glance = 50 * time.Millisecond
 )
 
 // reach waits until the new machine answers over SSH, for as long as it runs.
@@ -138,21 +138,12 @@ func (s *Stage) locate(ctx context.Context, m machine) (look locator, pace func(
 	case !keepsLeases:
 		return nil, nil, fmt.Errorf("network %s hands out no addresses: set address to agent or arp for image %s", m.image.Network, m.image.Name)
 	}
-	filtered := m.address
 	return func(ctx context.Context) (netip.Addr, error) {
 		leases, err := s.Hypervisor.Leases(ctx, m.image.Network, m.mac)
 		if err != nil || len(leases) == 0 {
 			return netip.Addr{}, err
 		}
-		address := leases[0].Address
-		if m.image.Filter != "" && filtered.IsValid() && filtered != address && address.Is4() {
-			// The DHCP server had a reason not to lend what is kept.
-			if err := s.Hypervisor.SetFilterAddress(ctx, m.domain, m.mac, address); err != nil {
-				return netip.Addr{}, err
-			}
-			filtered = address
-		}
-		return address, nil
+		return leases[0].Address, nil
 	}, func(int) time.Duration { return glance }, nil
 }
 

@@ -76,7 +76,6 @@ type Hypervisor interface {
 	Watch(ctx context.Context, name string, done func(hypervisor.State) bool) (hypervisor.State, error)
 
 	Reserve(ctx context.Context, network, mac string) (netip.Addr, error)
-	SetFilterAddress(ctx context.Context, domain, mac string, address netip.Addr) error
 	Unreserve(ctx context.Context, network, mac string) error
 	KeepsLeases(ctx context.Context, network string) (bool, error)
 	Leases(ctx context.Context, network, mac string) ([]hypervisor.Lease, error)

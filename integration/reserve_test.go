@@ -58,9 +58,6 @@ func TestGuestsGetTheAddressesThatAreReservedForThem(t *testing.T) {
 			t.Errorf("of %s, %q is kept for %s and %q is lent: %v, %v", machineOf(job), kept[mac], mac, leases[mac], kept, leases)
 		}
 		seen[kept[mac]] = true
-		if text := virsh(t, "dumpxml", machineOf(job)); !strings.Contains(text, "<parameter name='IP' value='"+kept[mac]+"'/>") {
-			t.Errorf("the filter of %s lets pass another address than %s: %s", machineOf(job), kept[mac], text)
-		}
 	}
 	if text := virsh(t, "net-dumpxml", "--inactive", "default"); strings.Contains(text, "<host ") {
 		t.Errorf("the network's definition has changed: %s", text)

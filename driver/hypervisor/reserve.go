@@ -88,42 +88,6 @@ func (c *Connection) Unreserve(ctx context.Context, network, mac string) error {
 	return wrap(err, "end the reservation of an address for %s on network %s", mac, network)
 }
 
-// SetFilterAddress tells the network filter of a running domain's interface with
-// that MAC which one IPv4 address the guest may speak as.
-//
-// https://libvirt.org/html/libvirt-libvirt-domain.html#virDomainUpdateDeviceFlags
-func (c *Connection) SetFilterAddress(ctx context.Context, domain, mac string, address netip.Addr) error {
-	return wrap(c.domain(ctx, domain, func(rpc *libvirt.Libvirt, d libvirt.Domain) error {
-		text, err := rpc.DomainGetXMLDesc(d, 0)
-		if err != nil {
-			return err
-		}
-		nic, err := filteredTo(text, mac, address)
-		if err != nil {
-			return err
-		}
-		return rpc.DomainUpdateDeviceFlags(d, nic, libvirt.DomainDeviceModifyLive)
-	}), "let domain %s speak as %s", domain, address)
-}
-
-// filteredTo returns the interface with that MAC of a domain's document, with
-// another address for its filter.
-func filteredTo(text, mac string, address netip.Addr) (string, error) {
-	var doc libvirtxml.Domain
-	if err := doc.Unmarshal(text); err != nil {
-		return "", err
-	}
-	if doc.Devices != nil {
-		for _, nic := range doc.Devices.Interfaces {
-			if nic.MAC != nil && nic.MAC.Address == mac && nic.FilterRef != nil {
-				nic.FilterRef.Parameters = []libvirtxml.DomainInterfaceFilterParam{{Name: "IP", Value: address.String()}}
-				return nic.Marshal()
-			}
-		}
-	}
-	return "", fmt.Errorf("no interface with MAC address %s and a filter", mac)
-}
-
 // reservation is an address that a network keeps, or is to keep, for a MAC
 // address.
 type reservation struct {
