@@ -22,8 +22,8 @@ const (
 	// last word: while it boots, accounts may be missing or locked yet.
 	rejections = 20 * time.Second
 	// glance is the pause between two looks that cost the guest nothing: whether
-	// it has an address, and whether something listens there, which its kernel
-	// answers by itself.
+	// something listens at its address, which its kernel answers by itself, and,
+	// twice as long since it takes libvirt three answers, whether it has one.
 	glance = 50 * time.Millisecond
 )
 
@@ -144,7 +144,7 @@ func (s *Stage) locate(ctx context.Context, m machine) (look locator, pace func(
 			return netip.Addr{}, err
 		}
 		return leases[0].Address, nil
-	}, func(int) time.Duration { return glance }, nil
+	}, func(int) time.Duration { return 2 * glance }, nil
 }
 
 // ask returns a locator that asks each source in turn.
