@@ -26,7 +26,7 @@ lint:
 
 # Build the binary for this machine.
 build:
-    CGO_ENABLED=0 go build -trimpath -o libvirt-driver .
+    CGO_ENABLED=0 go build -tags urfave_cli_no_docs -trimpath -o libvirt-driver .
 
 # Build the release tarballs for every architecture into dist/.
 release folder="dist":

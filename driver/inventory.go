@@ -5,9 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"regexp"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
@@ -53,24 +51,14 @@ const looking = 30 * time.Second
 // noDomain is the state of a machine of which only the volume is there.
 const noDomain = "no domain"
 
-// machineForm is the form of a machine's name.
-var machineForm = regexp.MustCompile(`^runner-(\d{1,19})-project-(\d{1,19})-concurrent-(\d{1,19})-job-(\d{1,19})$`)
-
 // parseMachine returns the job that a machine's name is made of.
 func parseMachine(name string) (gitlab.Job, bool) {
-	m := machineForm.FindStringSubmatch(name)
-	if m == nil {
+	var job gitlab.Job
+	_, err := fmt.Sscanf(name, "runner-%d-project-%d-concurrent-%d-job-%d", &job.Runner, &job.Project, &job.Concurrent, &job.ID)
+	if err != nil || min(job.Runner, job.Project, job.Concurrent, job.ID) < 0 || job.Machine() != name {
 		return gitlab.Job{}, false
 	}
-	var n [4]int64
-	for i := range n {
-		var err error
-		if n[i], err = strconv.ParseInt(m[i+1], 10, 64); err != nil {
-			return gitlab.Job{}, false
-		}
-	}
-	job := gitlab.Job{Runner: n[0], Project: n[1], Concurrent: n[2], ID: n[3]}
-	return job, job.Machine() == name
+	return job, true
 }
 
 // List returns the driver's machines on this host, the oldest first: domains

@@ -8,11 +8,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"maps"
 	"os"
 	"runtime"
 	"slices"
 	"sync"
+	"syscall"
 	"time"
 
 	"libvirt-driver/driver/gitlab"
@@ -75,6 +77,23 @@ func (s *Stage) KeepStandby(ctx context.Context) error {
 		pause(ctx, attend)
 	}
 	return nil
+}
+
+// HasStandby reports whether a standby service runs on the host.
+func (h *Host) HasStandby() (bool, error) {
+	f, err := os.Open(h.lockPath(standbyLock))
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	defer f.Close()
+	err = syscall.Flock(int(f.Fd()), syscall.LOCK_SH|syscall.LOCK_NB)
+	if errors.Is(err, syscall.EWOULDBLOCK) {
+		return true, nil
+	}
+	return false, err
 }
 
 // Drain removes all machines that stand ready, and returns how many. It takes a

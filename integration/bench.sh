@@ -80,7 +80,7 @@ main() {
 	export CGO_ENABLED=0
 	local version
 	version=$(git -C "$here" describe --tags --always --dirty 2>/dev/null || echo devel)
-	(cd "$here/.." && go build -trimpath -ldflags "-s -w -X main.version=$version" -o "$build/libvirt-driver" .)
+	(cd "$here/.." && go build -tags urfave_cli_no_docs -trimpath -ldflags "-s -w -X main.version=$version" -o "$build/libvirt-driver" .)
 	(cd "$here/.." && go build -trimpath -o "$build/bench" ./integration/bench)
 
 	"$here/host.sh" run -- "$build/bench" --driver "$build/libvirt-driver" --baseline "$baseline" "${arguments[@]}"

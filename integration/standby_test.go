@@ -295,6 +295,7 @@ func TestStandby(t *testing.T) {
 		}
 		tight := newSettings(t, fmt.Sprintf("reserve_memory = \"%d MiB\"\n", (total-guests)/1024-200)+
 			tiny(fmt.Sprintf("network = %q\nmemory = \"256 MiB\"", net.name), "[timeouts]", `turn = "20s"`))
+		t.Logf("%d KiB in all, %d KiB the guests: %s", total, guests, readFile(t, string(tight))[:40])
 		ex := start(t, tight.runner(t), newJob(runner.Job{}))
 		want(t, ex, ex.Prepare(t.Context()), 0, "stood ready, to make room")
 		wantGone(t, "libvirt-driver-standby-")

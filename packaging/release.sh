@@ -25,7 +25,7 @@ archives=()
 for arch in amd64 arm64 riscv64 ppc64le s390x; do
 	name=libvirt-driver-$version-linux-$arch
 	mkdir "$stage/$name"
-	CGO_ENABLED=0 GOOS=linux GOARCH=$arch go build -trimpath -buildvcs=false \
+	CGO_ENABLED=0 GOOS=linux GOARCH=$arch go build -tags urfave_cli_no_docs -trimpath -buildvcs=false \
 		-ldflags "-s -w -buildid= -X main.version=$version" -o "$stage/$name/libvirt-driver" .
 	install -m 0644 packaging/config.toml packaging/runner-config.toml \
 		packaging/libvirt-driver-gc.service packaging/libvirt-driver-gc.timer \

@@ -127,6 +127,7 @@ var checks = []check{
 	{"key", (*Doctor).keyed, (*Doctor).checkKey, false},
 	{"log_dir", nil, (*Doctor).checkLogDir, false},
 	{"locks", nil, (*Doctor).checkLocks, false},
+	{"standby", (*Doctor).standing, (*Doctor).checkStandby, false},
 	{"leftovers", nil, (*Doctor).checkLeftovers, true},
 }
 

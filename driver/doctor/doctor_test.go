@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -259,5 +260,30 @@ func TestVersionsAreCompared(t *testing.T) {
 		if older(test.a, test.b) != test.want {
 			t.Errorf("%s older than %s", test.a, test.b)
 		}
+	}
+}
+
+func TestMachinesThatShallStandReadyNeedTheService(t *testing.T) {
+	s := settings.Default()
+	image := s.Images["default"]
+	image.Standby = 2
+	s.Images["default"] = image
+	d := &Doctor{settings: s, LockDir: t.TempDir()}
+	if names := d.standing(); len(names) != 1 {
+		t.Fatal(names)
+	}
+	if f := d.checkStandby(t.Context(), "default"); f.Level != Warning || !strings.Contains(f.Remedy, "libvirt-driver-standby") {
+		t.Errorf("%+v", f)
+	}
+	lock, err := os.Create(filepath.Join(d.LockDir, "standby.lock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lock.Close()
+	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	if f := d.checkStandby(t.Context(), "default"); f.Level != OK {
+		t.Errorf("%+v", f)
 	}
 }

@@ -357,19 +357,23 @@ func objectName(s string) string {
 	return oneLine(s)
 }
 
-var modelSyntax = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._+-]{0,63}$`)
+// Lengths are checked apart from these expressions: every stage compiles them,
+// and a count in one makes it many times as large.
+var (
+	modelSyntax = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._+-]*$`)
+	userSyntax  = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_.-]*$`)
+	imageSyntax = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9._:/-]*[A-Za-z0-9._-])?$`)
+)
 
 func modelName(s string) string {
-	if !modelSyntax.MatchString(s) {
+	if len(s) > 64 || !modelSyntax.MatchString(s) {
 		return "is not a name"
 	}
 	return ""
 }
 
-var userSyntax = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_.-]{0,31}$`)
-
 func userName(s string) string {
-	if !userSyntax.MatchString(s) {
+	if len(s) > 32 || !userSyntax.MatchString(s) {
 		return "is not a user name"
 	}
 	return ""
@@ -384,5 +388,3 @@ func glob(s string) string {
 	}
 	return oneLine(s)
 }
-
-var imageSyntax = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9._:/-]{0,61}[A-Za-z0-9._-])?$`)
