@@ -4,6 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
 	"time"
 
 	"libvirt-driver/driver/hypervisor"
@@ -27,9 +31,10 @@ type Collection struct {
 
 // Collect removes the machines whose jobs are over: those older than maxAge,
 // and those whose runner is proven to be gone and of which no stage has been at
-// work for a while; and those that were made before their job and are of no use. With dryRun it only says which. A machine that someone
-// works on at this moment is left alone. The error tells that some could not be
-// looked at or removed.
+// work for a while; and those that were made before their job and are of no
+// use. With dryRun it only says which. A machine that someone works on at this
+// moment is left alone. The error tells that some could not be looked at or
+// removed.
 func (h *Host) Collect(ctx context.Context, maxAge time.Duration, dryRun bool) ([]Collection, error) {
 	machines, err := h.List(ctx)
 	if err != nil {
@@ -47,7 +52,37 @@ func (h *Host) Collect(ctx context.Context, maxAge time.Duration, dryRun bool) (
 			done = append(done, c)
 		}
 	}
+	if !dryRun {
+		failures = append(failures, h.tidy(machines))
+	}
 	return done, errors.Join(failures...)
+}
+
+// tidy removes what stages that were killed have left in the folder for locks:
+// locks that nobody holds, and the records of machines of which there is nothing
+// else and of which no stage has been at work for a while.
+func (h *Host) tidy(machines []Machine) error {
+	locks, _ := filepath.Glob(h.lockPath("*"))
+	for _, path := range locks {
+		if lock, err := h.tryLock(strings.TrimSuffix(filepath.Base(path), lockSuffix)); err == nil {
+			lock.release() // which removes it
+		}
+	}
+	var failures []error
+	for _, pattern := range []string{h.activity("*"), h.bindingPath("*")} {
+		records, _ := filepath.Glob(pattern)
+		for _, path := range records {
+			name := strings.TrimSuffix(filepath.Base(path), filepath.Ext(path))
+			info, err := os.Lstat(path)
+			if err != nil || slices.ContainsFunc(machines, func(m Machine) bool { return m.Name == name }) {
+				continue
+			}
+			if since, idle, err := h.idle(name, info.ModTime()); err == nil && idle && time.Since(since) > quiet {
+				failures = append(failures, h.forget(name))
+			}
+		}
+	}
+	return errors.Join(failures...)
 }
 
 func (h *Host) collect(ctx context.Context, machine Machine, maxAge time.Duration, dryRun bool) (Collection, error) {

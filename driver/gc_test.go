@@ -171,3 +171,40 @@ func TestListJoinsDomainsAndVolumes(t *testing.T) {
 		t.Errorf("lone volume %+v", m)
 	}
 }
+
+func TestCollectRemovesRecordsOfNothing(t *testing.T) {
+	s := newStage(t, nil)
+	self, err := process(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	const old, fresh = "runner-1-project-42-concurrent-0-job-1", "runner-1-project-42-concurrent-0-job-2"
+	s.orphan(t, machineName, 1001, time.Minute, self)
+	held, err := s.tryLock("held")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer held.release()
+	past := time.Now().Add(-2 * quiet)
+	for path, stays := range map[string]bool{
+		s.lockPath("killed"): false, held.file.Name(): true,
+		s.activity(old): false, s.bindingPath(old): false, s.activity(fresh): true, s.activity(machineName): true,
+	} {
+		if path != held.file.Name() {
+			if err := os.WriteFile(path, nil, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if path != s.activity(fresh) {
+			if err := os.Chtimes(path, past, past); err != nil {
+				t.Fatal(err)
+			}
+		}
+		defer func() {
+			if _, err := os.Lstat(path); (err == nil) != stays {
+				t.Errorf("%s: %v", path, err)
+			}
+		}()
+	}
+	s.collected(t, false)
+}

@@ -267,13 +267,13 @@ func TestStandby(t *testing.T) {
 	t.Run("what the settings do not ask for any more goes", func(t *testing.T) {
 		old := untilReady(t, s, 2)
 		v.stop(t, syscall.SIGTERM)
-		s.write(t, tiny(strings.Replace(image, "standby = 2", "standby = 1\nmemory = \"272 MiB\"", 1)))
+		s.write(t, tiny(strings.Replace(image, "standby = 2", "standby = 1\nmemory = \"4 GiB\"", 1)))
 		v = serve(whole, s)
 		for _, domain := range old {
 			wantGone(t, domain)
 		}
 		now := untilReady(t, s, 1)
-		if memory := virsh(t, "dominfo", now[0]); !strings.Contains(memory, "Max memory:     278528 KiB") {
+		if memory := virsh(t, "dominfo", now[0]); !strings.Contains(memory, "Max memory:     4194304 KiB") {
 			t.Errorf("%s is not of the new size: %s", now[0], memory)
 		}
 	})
