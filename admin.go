@@ -153,7 +153,10 @@ func printMetrics(w io.Writer, machines []driver.Machine) error {
 	count, disk := map[string]int{}, map[string]uint64{}
 	for _, m := range machines {
 		use := "job"
-		if m.Job == 0 {
+		switch {
+		case m.Job == 0 && m.Start == "memory":
+			use = "saved"
+		case m.Job == 0:
 			use = "ready"
 		}
 		// Quote writes what the format's strings cannot hold in the ways that they have.

@@ -210,7 +210,6 @@ func newStage(host *driver.Host) *driver.Stage {
 		Connect: func(ctx context.Context, target sshexec.Target) (driver.Shell, error) {
 			return sshexec.Dial(ctx, target)
 		},
-		Version: version,
 	}
 	if host.Settings.KeepConnection {
 		stage.StartKeeper = driver.StartKeeper
@@ -230,6 +229,7 @@ func newHost(configured *settings.Settings, log *gitlab.Log) (*driver.Host, erro
 		Settings:   configured,
 		Hypervisor: connection,
 		LockDir:    locks,
+		Version:    version,
 		Log:        log,
 	}, nil
 }

@@ -46,9 +46,26 @@ type Machine struct {
 	// Provision is the host's file that the guest's systemd executes as it boots,
 	// in the format of tmpfiles.d. QEMU reads it when it starts. Optional.
 	Provision string
+	// Frozen says what it takes for a machine whose memory is to be saved or that
+	// starts from what was saved; both are described with the same. Optional.
+	Frozen *Frozen
 	// Metadata says whose machine it is.
 	Metadata Metadata
 }
+
+// Frozen is what a machine that is saved and restored has more than others.
+type Frozen struct {
+	// UUID is the domain's.
+	UUID string
+	// Generation is the generation ID with which the machine is saved; each time
+	// that it is restored libvirt makes another, by which the guest's kernel knows.
+	// See https://libvirt.org/formatdomain.html#general-metadata.
+	Generation string
+}
+
+// Door is the name of the virtio channel by which the host gets into a guest
+// that was saved.
+const Door = "org.libvirt-driver.door"
 
 // Limits bounds a guest's I/O; 0 is no limit.
 type Limits struct {
@@ -77,6 +94,8 @@ type Host struct {
 type Disk struct {
 	// Path is the overlay, BasePath the base volume.
 	Path, BasePath string
+	// Between is a qcow2 overlay between the two, if any.
+	Between string
 	// BaseFormat is "qcow2" or "raw".
 	BaseFormat string
 }
@@ -105,6 +124,10 @@ func (m Machine) XML() (string, error) {
 		OnCrash:    "destroy",
 		SysInfo:    m.sysInfo(),
 		Devices:    m.devices(),
+	}
+	if m.Frozen != nil {
+		domain.UUID = m.Frozen.UUID
+		domain.GenID = &libvirtxml.DomainGenID{Value: m.Frozen.Generation}
 	}
 	text, err := domain.Marshal()
 	if err != nil {
@@ -197,13 +220,7 @@ func (m Machine) devices() *libvirtxml.DomainDeviceList {
 			Source: &libvirtxml.DomainChardevSource{Pty: &libvirtxml.DomainChardevSourcePty{}},
 			Log:    &libvirtxml.DomainChardevLog{File: m.ConsoleLog, Append: "off"},
 		}},
-		Channels: []libvirtxml.DomainChannel{{
-			// The guest agent, for images that run one.
-			Source: &libvirtxml.DomainChardevSource{UNIX: &libvirtxml.DomainChardevSourceUNIX{Mode: "bind"}},
-			Target: &libvirtxml.DomainChannelTarget{
-				VirtIO: &libvirtxml.DomainChannelTargetVirtIO{Name: "org.qemu.guest_agent.0"},
-			},
-		}},
+		Channels: m.channels(),
 		RNGs: []libvirtxml.DomainRNG{{
 			// Without it a guest may wait for entropy before sshd has keys.
 			Model:   "virtio",
@@ -214,9 +231,37 @@ func (m Machine) devices() *libvirtxml.DomainDeviceList {
 	}
 }
 
+// channels are for the guest agent, which images may run, and the door.
+func (m Machine) channels() (channels []libvirtxml.DomainChannel) {
+	names := []string{"org.qemu.guest_agent.0"}
+	if m.Frozen != nil {
+		names = append(names, Door)
+	}
+	for _, name := range names {
+		channels = append(channels, libvirtxml.DomainChannel{
+			Source: &libvirtxml.DomainChardevSource{UNIX: &libvirtxml.DomainChardevSourceUNIX{Mode: "bind"}},
+			Target: &libvirtxml.DomainChannelTarget{VirtIO: &libvirtxml.DomainChannelTargetVirtIO{Name: name}},
+		})
+	}
+	return channels
+}
+
 func (m Machine) disk() libvirtxml.DomainDisk {
 	file := func(path string) *libvirtxml.DomainDiskSource {
 		return &libvirtxml.DomainDiskSource{File: &libvirtxml.DomainDiskSourceFile{File: path}}
+	}
+	base := &libvirtxml.DomainDiskBackingStore{
+		Format: &libvirtxml.DomainDiskFormat{Type: m.Disk.BaseFormat},
+		Source: file(m.Disk.BasePath),
+		// The chain ends here: a base volume has no base of its own.
+		BackingStore: &libvirtxml.DomainDiskBackingStore{},
+	}
+	if m.Disk.Between != "" {
+		base = &libvirtxml.DomainDiskBackingStore{
+			Format:       &libvirtxml.DomainDiskFormat{Type: "qcow2"},
+			Source:       file(m.Disk.Between),
+			BackingStore: base,
+		}
 	}
 	return libvirtxml.DomainDisk{
 		Device: "disk",
@@ -228,15 +273,10 @@ func (m Machine) disk() libvirtxml.DomainDisk {
 			Cache:   "unsafe",
 			Discard: "unmap",
 		},
-		Source: file(m.Disk.Path),
-		BackingStore: &libvirtxml.DomainDiskBackingStore{
-			Format: &libvirtxml.DomainDiskFormat{Type: m.Disk.BaseFormat},
-			Source: file(m.Disk.BasePath),
-			// The chain ends here: a base volume has no base of its own.
-			BackingStore: &libvirtxml.DomainDiskBackingStore{},
-		},
-		Target: &libvirtxml.DomainDiskTarget{Dev: "vda", Bus: "virtio"},
-		IOTune: m.Limits.disk(),
+		Source:       file(m.Disk.Path),
+		BackingStore: base,
+		Target:       &libvirtxml.DomainDiskTarget{Dev: "vda", Bus: "virtio"},
+		IOTune:       m.Limits.disk(),
 	}
 }
 

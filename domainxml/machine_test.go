@@ -203,3 +203,34 @@ func TestLimitsAreLibvirts(t *testing.T) {
 		t.Errorf("filter: %+v", nic.FilterRef)
 	}
 }
+
+func TestAFrozenMachineIsTheSameSavedAndRestoredButForItsDisk(t *testing.T) {
+	m := machine()
+	if domain := parse(t, m); domain.UUID != "" || domain.GenID != nil || len(domain.Devices.Channels) != 1 {
+		t.Errorf("a machine that is not saved: %q, %v, %d channels", domain.UUID, domain.GenID, len(domain.Devices.Channels))
+	}
+	m.Frozen = &Frozen{UUID: "0d6fb9a8-6ac6-8e7c-9d71-4e1f5d7d0a11", Generation: "4e1f5d7d-6ac6-8e7c-9d71-0d6fb9a80a11"}
+	saved := parse(t, m)
+	m.Disk.Path, m.Disk.Between = "/pool/next.qcow2", "/pool/frozen.qcow2"
+	restored := parse(t, m)
+	if saved.UUID != m.Frozen.UUID || saved.GenID == nil || saved.GenID.Value != m.Frozen.Generation {
+		t.Errorf("%q, %v", saved.UUID, saved.GenID)
+	}
+	if c := saved.Devices.Channels; len(c) != 2 || c[1].Target.VirtIO.Name != Door {
+		t.Errorf("channels: %+v", c)
+	}
+	frozen := restored.Devices.Disks[0].BackingStore
+	if frozen.Source.File.File != "/pool/frozen.qcow2" || frozen.Format.Type != "qcow2" {
+		t.Errorf("between: %+v", frozen)
+	}
+	base := frozen.BackingStore
+	if base.Source.File.File != "/pool/base.raw" || base.Format.Type != "raw" || base.BackingStore == nil || base.BackingStore.Source != nil && base.BackingStore.Source.File != nil {
+		t.Errorf("base: %+v", base)
+	}
+	saved.Devices.Disks, restored.Devices.Disks = nil, nil
+	a, errA := saved.Marshal()
+	b, errB := restored.Marshal()
+	if errA != nil || errB != nil || a != b {
+		t.Errorf("%v, %v:\n%s\nis not\n%s", errA, errB, b, a)
+	}
+}

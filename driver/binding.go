@@ -60,6 +60,11 @@ func (h *Host) bind(machine, domain string) error {
 	return nil
 }
 
+// unbind removes a machine's record, if there is one.
+func (h *Host) unbind(machine string) error {
+	return gone(os.Remove(h.bindingPath(machine)))
+}
+
 // domainOf returns libvirt's name of a machine.
 func (h *Host) domainOf(machine string) (string, error) {
 	path := h.bindingPath(machine)

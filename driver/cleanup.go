@@ -170,6 +170,9 @@ func (h *Host) remove(ctx context.Context, name string, job gitlab.Job) (found b
 	}
 	left.add(h.endKeeper(ctx, domain), "the process that keeps its connection")
 	// The DHCP server takes its time, and nothing else waits for it.
+	if startOf(domain) == startMemory {
+		networks = nil // the address stays the slot's
+	}
 	released := h.releaseLeases(ctx, networks, macAddress(domain))
 	defer released()
 	for _, network := range networks {

@@ -101,6 +101,27 @@ func (h *host) CreateOverlay(_ context.Context, name string, base hypervisor.Vol
 	return v, h.note("CreateOverlay", name, format, capacity)
 }
 
+func (h *host) Versions(context.Context) (hypervisor.Versions, error) {
+	return hypervisor.Versions{Libvirt: "9.0.0", Hypervisor: "7.2.0"}, h.note("Versions")
+}
+
+func (h *host) CreateFile(_ context.Context, pool, name string) (hypervisor.Volume, error) {
+	h.volumes[pool+"/"+name] = 0
+	return hypervisor.Volume{Pool: pool, Name: name, Path: "/" + pool + "/" + name}, h.note("CreateFile", pool, name)
+}
+
+func (h *host) SaveDomain(_ context.Context, name, path string) error {
+	return h.note("SaveDomain", name, path)
+}
+
+func (h *host) RestoreDomain(_ context.Context, name, path, _ string) error {
+	return h.note("RestoreDomain", name, path)
+}
+
+func (h *host) Channel(_ context.Context, domain, channel string) (string, error) {
+	return "/channels/" + domain + "/" + channel, h.note("Channel", domain, channel)
+}
+
 func (h *host) DeleteVolume(_ context.Context, pool, name string) (bool, error) {
 	if err := h.note("DeleteVolume", pool, name); err != nil {
 		return false, err
@@ -277,9 +298,9 @@ func newStageIn(t testing.TB, dir, key string, vars map[string]string) *stage {
 	image.Key = key
 	configured.Images["default"] = image
 	s.Stage = &Stage{
-		Host:        Host{Settings: configured, Hypervisor: s.host, LockDir: s.dir, Log: gitlab.NewLog(&s.log, true)},
-		Environment: environment, Version: "1.2.3",
-		Connect: func(context.Context, sshexec.Target) (Shell, error) { return &shell{}, nil },
+		Host:        Host{Settings: configured, Hypervisor: s.host, LockDir: s.dir, Log: gitlab.NewLog(&s.log, true), Version: "1.2.3"},
+		Environment: environment,
+		Connect:     func(context.Context, sshexec.Target) (Shell, error) { return &shell{}, nil },
 	}
 	return s
 }

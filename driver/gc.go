@@ -36,13 +36,16 @@ type Collection struct {
 // moment is left alone. The error tells that some could not be looked at or
 // removed.
 func (h *Host) Collect(ctx context.Context, maxAge time.Duration, dryRun bool) ([]Collection, error) {
-	machines, err := h.List(ctx)
+	done, err := h.collectSlots(ctx, dryRun)
+	failures := []error{err}
+	machines, err := h.list(ctx, h.noteInactive)
 	if err != nil {
-		return nil, err
+		return done, errors.Join(err, failures[0])
 	}
-	var done []Collection
-	var failures []error
 	for _, machine := range machines {
+		if machine.isSlot() {
+			continue
+		}
 		c, err := h.collect(ctx, machine, maxAge, dryRun)
 		if err != nil {
 			failures = append(failures, fmt.Errorf("machine %s: %w", machine.Name, err))

@@ -52,7 +52,7 @@ func (s *Stage) inject(ctx context.Context, m machine) (path string, err error) 
 		return "", nil
 	}
 	begun := time.Now()
-	volume, err := s.Hypervisor.CreateSecret(ctx, m.image.Pool, identityVolume(m.domain), []byte(provision(m.image, m.keys)))
+	volume, err := s.Hypervisor.CreateSecret(ctx, m.image.Pool, m.identity, []byte(provision(m.image, m.keys)))
 	if err != nil {
 		return "", fmt.Errorf("hand the guest its keys: %w", err)
 	}
@@ -67,7 +67,7 @@ func (s *Stage) blank(ctx context.Context, m machine) error {
 	if m.keys.host == nil {
 		return nil
 	}
-	if err := s.Hypervisor.WipeVolume(ctx, m.image.Pool, identityVolume(m.domain)); err != nil {
+	if err := s.Hypervisor.WipeVolume(ctx, m.image.Pool, m.identity); err != nil {
 		return fmt.Errorf("wipe the guest's keys off the host's disk: %w", err)
 	}
 	return nil

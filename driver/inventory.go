@@ -63,12 +63,28 @@ func parseMachine(name string) (gitlab.Job, bool) {
 
 // List returns the driver's machines on this host, the oldest first: domains
 // that carry its metadata and a machine's name, volumes that have a machine's
-// name in a pool of the settings, and what belongs together as one. It notes
-// which pools it cannot look into since they are not active.
+// name in a pool of the settings, and what belongs together as one; and the
+// guests that were saved for machines to start from. It notes which pools it cannot look into since they are not active.
 func (h *Host) List(ctx context.Context) ([]Machine, error) {
-	return h.list(ctx, func(pool string) {
-		h.Log.Note("pool %s is not active: the volumes in it are not shown (virsh pool-start %s)", pool, pool)
-	})
+	machines, err := h.list(ctx, h.noteInactive)
+	if err != nil {
+		return nil, err
+	}
+	slots, err := h.listSlots(ctx, machines)
+	machines = append(slices.DeleteFunc(machines, Machine.isSlot), slots...)
+	slices.SortFunc(machines, byAge)
+	return machines, err
+}
+
+func (h *Host) noteInactive(pool string) {
+	h.Log.Note("pool %s is not active: the volumes in it are not shown (virsh pool-start %s)", pool, pool)
+}
+
+// isSlot reports whether m is a slot, or will be, and no job's machine.
+func (m Machine) isSlot() bool { return m.Start == startMemory && m.Name == m.Domain }
+
+func byAge(a, b Machine) int {
+	return cmp.Or(a.Created.Compare(b.Created), cmp.Compare(a.Name, b.Name))
 }
 
 func (h *Host) list(ctx context.Context, inactive func(pool string)) ([]Machine, error) {
@@ -137,9 +153,7 @@ func (h *Host) list(ctx context.Context, inactive func(pool string)) ([]Machine,
 	for _, machine := range list {
 		sorted = append(sorted, *machine)
 	}
-	slices.SortFunc(sorted, func(a, b Machine) int {
-		return cmp.Or(a.Created.Compare(b.Created), cmp.Compare(a.Name, b.Name))
-	})
+	slices.SortFunc(sorted, byAge)
 	return sorted, nil
 }
 

@@ -30,6 +30,7 @@ type knock struct {
 	Own     string        `json:"own,omitempty"` // the key itself, in place of the file
 	HostKey string        `json:"host_key,omitempty"`
 	Limit   time.Duration `json:"limit,omitempty"`
+	Door    *sshexec.Door `json:"door,omitempty"`
 	Keep    bool          `json:"keep,omitempty"`
 }
 
@@ -143,6 +144,9 @@ func (k knock) try(ctx context.Context, connect func(context.Context, sshexec.Ta
 	if err != nil {
 		return nil, err
 	}
+	if k.Door != nil {
+		return shell, nil // commands were taken before the guest was saved
+	}
 	if err := shell.Ping(ctx); err != nil {
 		shell.Close()
 		// Where a login is not possible yet, it may be later.
@@ -153,7 +157,7 @@ func (k knock) try(ctx context.Context, connect func(context.Context, sshexec.Ta
 
 // target returns what a connection takes.
 func (k knock) target() (sshexec.Target, error) {
-	target := sshexec.Target{Address: k.Address, User: k.User, HostKey: k.HostKey}
+	target := sshexec.Target{Address: k.Address, User: k.User, HostKey: k.HostKey, Door: k.Door}
 	if k.Own == "" {
 		key, err := sshexec.LoadKey(k.Key)
 		target.Key = key

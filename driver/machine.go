@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"libvirt-driver/domainxml"
 	"libvirt-driver/driver/gitlab"
 	"libvirt-driver/driver/settings"
 )
@@ -32,9 +33,17 @@ type machine struct {
 	domain string
 	// image is what the machine is made of, sized as the job asked.
 	image settings.Image
-	// volume is the overlay's name.
-	volume string
-	mac    string
+	// volume is the overlay's name, and identity that of the volume by which the
+	// guest may get its keys.
+	volume, identity string
+	mac              string
+	// frozen is what the domain is described with more, where it is saved or
+	// restored.
+	frozen *domainxml.Frozen
+	// disk and provision are what create made: the disk, and the path of the keys
+	// that the guest gets, if any.
+	disk      disk
+	provision string
 	// made is when this attempt at it began.
 	made time.Time
 	// keys are made by prepare alone.
@@ -73,7 +82,7 @@ func (s *Stage) plan() (machine, error) {
 		return machine{}, &gitlab.BuildError{Err: fmt.Errorf("job variable LIBVIRT_DRIVER_%s: %w", field(err), err)}
 	}
 	name := job.Machine()
-	return machine{job: job, name: name, domain: name, image: image, volume: volumeName(name), mac: macAddress(name), made: time.Now(),
+	return machine{job: job, name: name, domain: name, image: image, volume: volumeName(name), identity: identityVolume(name), mac: macAddress(name), made: time.Now(),
 		sized: s.Environment.JobVariable("LIBVIRT_DRIVER_DISK") != "",
 		owner: cmp.Or(s.Owner, os.Getppid())}, nil
 }

@@ -71,6 +71,14 @@ func (s *Stage) obtain(ctx context.Context, m *machine) (_ contact, settle func(
 	if contact, claimed := s.claim(ctx, m); claimed {
 		return contact, func(bool) {}, nil
 	}
+	if m.image.Start == settings.StartMemory {
+		contact, settle, err := s.fromMemory(ctx, m)
+		var no *unfitError
+		if !errors.As(err, &no) || ctx.Err() != nil {
+			return contact, settle, err
+		}
+		s.Log.Note("the machine is booted, and not started from memory: %v", err)
+	}
 	return s.boot(ctx, m, release)
 }
 
@@ -121,21 +129,19 @@ func (s *Stage) create(ctx context.Context, m *machine) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, creation, errSlow)
 	defer cancel()
 	begun := time.Now()
-	disk, err := s.createDisk(ctx, *m)
-	if err != nil {
+	if m.disk, err = s.createDisk(ctx, *m); err != nil {
 		return fmt.Errorf("create disk: %w", err)
 	}
-	s.Log.Step("disk", time.Since(begun), "%s, on %s", settings.FormatSize(disk.capacity), m.image.Volume)
+	s.Log.Step("disk", time.Since(begun), "%s, on %s", settings.FormatSize(m.disk.capacity), m.image.Volume)
 
-	identity, err := s.inject(ctx, *m)
-	if err != nil {
+	if m.provision, err = s.inject(ctx, *m); err != nil {
 		return err
 	}
 	begun = time.Now()
 	if m.address, err = s.reserve(ctx, *m); err != nil {
 		return err
 	}
-	host, err := s.startMachine(ctx, *m, disk, identity)
+	host, err := s.startMachine(ctx, *m)
 	if err != nil {
 		return fmt.Errorf("start machine: %w", errors.Join(err, s.blank(ctx, *m)))
 	}
@@ -177,7 +183,7 @@ func (s *Stage) removeLeftovers(ctx context.Context, m machine) error {
 	if found {
 		s.Log.Note("removed what an earlier attempt at this job left")
 	}
-	return nil
+	return s.unbind(m.name)
 }
 
 // disk is the machine's overlay and the base volume under it.
@@ -235,18 +241,17 @@ func networkRemedy(err, why error, network string) error {
 	return err
 }
 
-// startMachine defines the domain and starts it. identity is the path of the
-// keys that the guest gets, if any.
-func (s *Stage) startMachine(ctx context.Context, m machine, disk disk, identity string) (hypervisor.Capabilities, error) {
-	host, err := s.Hypervisor.Capabilities(ctx, string(s.Settings.VirtType), m.image.Machine)
-	if err != nil {
-		return host, err
+// define defines the machine's domain and returns its XML, and what the host can
+// offer to it.
+func (s *Stage) define(ctx context.Context, m machine) (text string, host hypervisor.Capabilities, err error) {
+	if host, err = s.Hypervisor.Capabilities(ctx, string(s.Settings.VirtType), m.image.Machine); err != nil {
+		return "", host, err
 	}
 	metadata, err := m.metadata()
 	if err != nil {
-		return host, err
+		return "", host, err
 	}
-	text, err := domainxml.Machine{
+	text, err = domainxml.Machine{
 		Name: m.domain,
 		Host: domainxml.Host{
 			VirtType: host.VirtType, Arch: host.Arch, MachineType: host.MachineType,
@@ -259,7 +264,7 @@ func (s *Stage) startMachine(ctx context.Context, m machine, disk disk, identity
 		Kernel:   m.image.Kernel,
 		Initrd:   m.image.Initrd,
 		Cmdline:  m.image.Cmdline,
-		Disk:     disk.Disk,
+		Disk:     m.disk.Disk,
 		Network:  m.image.Network,
 		MAC:      m.mac,
 		Isolated: m.image.Isolated,
@@ -268,13 +273,20 @@ func (s *Stage) startMachine(ctx context.Context, m machine, disk disk, identity
 			DiskRate: m.image.DiskRate, DiskIOPS: uint64(m.image.DiskIOPS), NetworkRate: m.image.NetworkRate,
 		},
 		ConsoleLog: s.consoleLog(m.domain),
-		Provision:  identity,
+		Provision:  m.provision,
+		Frozen:     m.frozen,
 		Metadata:   metadata,
 	}.XML()
 	if err != nil {
-		return host, err
+		return "", host, err
 	}
-	if err := s.Hypervisor.DefineDomain(ctx, m.domain, text); err != nil {
+	return text, host, s.Hypervisor.DefineDomain(ctx, m.domain, text)
+}
+
+// startMachine defines the domain and starts it.
+func (s *Stage) startMachine(ctx context.Context, m machine) (hypervisor.Capabilities, error) {
+	_, host, err := s.define(ctx, m)
+	if err != nil {
 		return host, err
 	}
 	err = s.Hypervisor.StartDomain(ctx, m.domain)

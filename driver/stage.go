@@ -26,6 +26,8 @@ type Host struct {
 	LockDir string
 	// Log takes the driver's own lines.
 	Log *gitlab.Log
+	// Version is the driver's own.
+	Version string
 }
 
 // Stage is one call of the driver by GitLab Runner.
@@ -42,8 +44,6 @@ type Stage struct {
 	StartFinisher func(h *Host, machine string, lock *os.File) error
 	// Stdout and Stderr take what the job's script writes.
 	Stdout, Stderr io.Writer
-	// Version is the driver's own.
-	Version string
 	// Owner is the process without which nobody is left who would clean the
 	// machine up; 0 stands for the one that called this one.
 	Owner int
@@ -59,6 +59,13 @@ type Hypervisor interface {
 	Volume(ctx context.Context, pool, name string) (hypervisor.Volume, error)
 	CreateOverlay(ctx context.Context, name string, base hypervisor.Volume, format string, capacity uint64) (hypervisor.Volume, error)
 	DeleteVolume(ctx context.Context, pool, name string) (found bool, err error)
+
+	Versions(ctx context.Context) (hypervisor.Versions, error)
+
+	CreateFile(ctx context.Context, pool, name string) (hypervisor.Volume, error)
+	SaveDomain(ctx context.Context, name, path string) error
+	RestoreDomain(ctx context.Context, name, path, xml string) error
+	Channel(ctx context.Context, domain, channel string) (path string, err error)
 
 	Volumes(ctx context.Context, pool string) ([]hypervisor.Volume, error)
 	CreateSecret(ctx context.Context, pool, name string, content []byte) (hypervisor.Volume, error)

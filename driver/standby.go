@@ -245,7 +245,7 @@ func (s *service) replace(ctx context.Context, image settings.Image) {
 func (s *service) stand(ctx context.Context, image settings.Image) (string, error) {
 	domain := newOwnName(startStandby)
 	m := machine{
-		name: domain, domain: domain, image: image, volume: volumeName(domain), mac: macAddress(domain),
+		name: domain, domain: domain, image: image, volume: volumeName(domain), identity: identityVolume(domain), mac: macAddress(domain),
 		made: time.Now(), owner: os.Getpid(), ahead: true,
 	}
 	fits, err := s.fingerprint(ctx, m)

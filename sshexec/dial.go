@@ -39,20 +39,20 @@ func Dial(ctx context.Context, t Target) (*Client, error) {
 }
 
 func dial(ctx context.Context, t Target, interval, limit time.Duration) (*Client, error) {
-	network := "tcp"
-	if t.relay() {
-		network = "unix"
-	} else if t.Key == nil {
-		return nil, fmt.Errorf("connect to %s: no SSH key given", t.Address)
-	} else if _, _, err := net.SplitHostPort(t.Address); err != nil {
-		return nil, fmt.Errorf("connect to %q: %w", t.Address, err)
+	if !t.relay() {
+		if t.Key == nil {
+			return nil, fmt.Errorf("connect to %s: no SSH key given", t.Address)
+		}
+		if _, _, err := net.SplitHostPort(t.Address); err != nil {
+			return nil, fmt.Errorf("connect to %q: %w", t.Address, err)
+		}
 	}
 	pin, err := newHostKeyPin(t.HostKey)
 	if err != nil {
 		return nil, fmt.Errorf("connect to %s: %w", t.Address, err)
 	}
 
-	raw, err := connect(ctx, network, t.Address)
+	raw, err := t.connect(ctx)
 	if err != nil {
 		if ctx.Err() != nil {
 			err = fmt.Errorf("%w: %w", ended(ctx), err)

@@ -62,6 +62,10 @@ type Target struct {
 	// the first connection accepts the key that it is shown, and the caller
 	// keeps [Client.HostKey] for every later one.
 	HostKey string
+
+	// Door, if any, leads to the server in place of Address, which then only names
+	// it.
+	Door *Door
 }
 
 // relay reports whether the target is a Relay.

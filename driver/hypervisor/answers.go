@@ -52,6 +52,8 @@ var answers = map[procedure]any{
 	{remote, 212}: libvirt.DomainGetStateRet{},
 	{remote, 228}: libvirt.NodeGetMemoryStatsRet{},
 	{remote, 231}: nil, // DomainUndefineFlags
+	{remote, 232}: nil, // DomainSaveFlags
+	{remote, 233}: nil, // DomainRestoreFlags
 	{remote, 234}: nil, // DomainDestroyFlags
 	{remote, 264}: nil, // DomainSetMetadata
 	{remote, 265}: libvirt.DomainGetMetadataRet{},

@@ -68,6 +68,8 @@ var imageKeys = keys[Image]{
 	"initrd":  put(func(i *Image) *string { return &i.Initrd }, text(wantPath+`, or "" for none`, optional(absPath))),
 	"cmdline": put(func(i *Image) *string { return &i.Cmdline }, text("write it on one line", oneLine)),
 
+	"start": put(func(i *Image) *Start { return &i.Start }, choice(StartBoot, StartMemory)),
+
 	"user": put(func(i *Image) *string { return &i.User },
 		text("write up to 32 letters, digits and the characters _.- with a letter or _ first", userName)),
 	"key":      put(func(i *Image) *string { return &i.Key }, text(wantPath, absPath)),

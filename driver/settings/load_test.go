@@ -29,7 +29,7 @@ func defaultImage(name, volume string) Image {
 	return Image{
 		Name: name, Volume: volume, Format: FormatQCOW2, Pool: "default", Network: "default",
 		VCPUs: 2, Memory: 2048 << 20,
-		User: "gitlab-runner", Key: "/root/.ssh/id_rsa", HostKey: HostKeyPinned, Shell: ShellBash, Address: AddressAuto,
+		User: "gitlab-runner", Key: "/root/.ssh/id_rsa", HostKey: HostKeyPinned, Shell: ShellBash, Address: AddressAuto, Start: StartBoot,
 		Isolated: true, Filter: "clean-traffic",
 		BuildsDir: "/home/gitlab-runner/builds", CacheDir: "/home/gitlab-runner/cache",
 	}
@@ -120,6 +120,7 @@ shell = "pwsh"
 builds_dir = 'C:\builds'
 cache_dir = "d:/cache"
 host_key = "injected"
+start = "boot"
 
 [[aliases]]
 match = "debian:*"
@@ -145,7 +146,7 @@ image = "windows"
 		VCPUs: 8, Memory: 8 << 30, Disk: 40e9, MaxVCPUs: 0, MaxMemory: 12 << 30, MaxDisk: 64 << 30,
 		Firmware: FirmwareUEFI, Machine: "q35", CPU: "Skylake-Server-v5",
 		Kernel: "/boot/vmlinuz", Initrd: "/boot/initrd.img", Cmdline: "console=ttyS0 root=/dev/vda1",
-		User: "CI_User", Key: "/etc/libvirt-driver/id_ed25519", HostKey: HostKeyAgent, Shell: ShellSh, Address: AddressLease,
+		User: "CI_User", Key: "/etc/libvirt-driver/id_ed25519", HostKey: HostKeyAgent, Shell: ShellSh, Address: AddressLease, Start: StartBoot,
 		DiskRate: 100e6, DiskIOPS: 500, NetworkRate: 10 << 20,
 		BuildsDir: "/srv/builds", CacheDir: "/srv/cache",
 	}
@@ -384,6 +385,9 @@ max_disk = 1979-05-27T07:32:00
 3: defaults.initrd: needs kernel, which is not set; set kernel, or leave out initrd`},
 		{"no kernel and no images", "[defaults]\ncmdline = \"quiet\"\n", `
 2: defaults.cmdline: needs kernel, which is not set; set kernel, or leave out cmdline`},
+		{"from memory", "[images.a]\nvolume = \"v\"\nstart = \"memory\"\nfirmware = \"uefi\"\n[images.b]\nvolume = \"v\"\nshell = \"pwsh\"\nstart = \"memory\"\n", `
+3: images.a.start: "memory" needs firmware that keeps no memory of its own, and it is uefi; set start to "boot", or firmware to "bios"
+8: images.b.start: "memory" needs a guest with sh, and the shell is pwsh; set start to "boot"`},
 		{"maxima", "[images.a]\nvolume = \"v\"\nvcpus = 4\nmax_vcpus = 2\nmemory = \"4 GiB\"\nmax_memory = \"3 GiB\"\ndisk = \"20 GB\"\nmax_disk = \"2500 MiB\"\n", `
 4: images.a.max_vcpus: 2 is below vcpus, which is 4; raise it, or leave it out
 6: images.a.max_memory: 3 GiB is below memory, which is 4 GiB; raise it, or leave it out

@@ -137,6 +137,8 @@ type Image struct {
 	DiskIOPS              uint
 	// Standby is how many machines the standby service keeps ready, 0 to 512.
 	Standby uint
+	// Start is how guests start.
+	Start Start
 	// BuildsDir and CacheDir are absolute paths in the guest. With Shell pwsh or
 	// powershell they may start with a drive, as in "C:\builds".
 	BuildsDir, CacheDir string
@@ -212,6 +214,16 @@ const (
 	HostKeyInjected HostKey = "injected"
 )
 
+// Start is how an image's guests start.
+type Start string
+
+// StartBoot boots each guest. StartMemory restores guests from the memory of one
+// that was saved when its shell was up.
+const (
+	StartBoot   Start = "boot"
+	StartMemory Start = "memory"
+)
+
 // builtInName and builtInVolume are those of the image that serves every job
 // when none is configured.
 const (
@@ -258,6 +270,7 @@ func baseImage() Image {
 		Key:     "/root/.ssh/id_rsa",
 		HostKey: HostKeyPinned,
 		Shell:   ShellBash,
+		Start:   StartBoot,
 		Address: AddressAuto, Isolated: true, Filter: "clean-traffic",
 	}
 }

@@ -25,6 +25,18 @@ func (l *loader) checkImage(path keyPath, table map[string]any, img *Image) {
 	l.checkMax(path, table, "memory", img.Memory, img.MaxMemory, FormatSize)
 	l.checkMax(path, table, "disk", img.Disk, img.MaxDisk, FormatSize)
 
+	if img.Start == StartMemory {
+		start := l.origin(path, table, "start")
+		if img.Shell != ShellBash && img.Shell != ShellSh {
+			l.report(start, fmt.Sprintf("%s needs a guest with sh, and the shell is %s", quote(string(img.Start)), img.Shell),
+				`set start to "boot"`)
+		}
+		if img.Firmware == FirmwareUEFI {
+			l.report(start, fmt.Sprintf("%s needs firmware that keeps no memory of its own, and it is %s", quote(string(img.Start)), img.Firmware),
+				`set start to "boot", or firmware to "bios"`)
+		}
+	}
+
 	for key, dir := range map[string]string{"builds_dir": img.BuildsDir, "cache_dir": img.CacheDir} {
 		if hasDrive(dir) && img.Shell != ShellPwsh && img.Shell != ShellPowerShell {
 			l.report(l.origin(path, table, key), fmt.Sprintf("%s is no path for the shell %s", quote(dir), img.Shell),

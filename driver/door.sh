@@ -1,0 +1,58 @@
+# door.sh: puts a door into a guest that is about to be saved: a shell of root's that waits at a channel of the machine's
+# until the host connects to it, which the host does once the guest has been restored. It is plain sh.
+root=
+[ "$(id -u)" = 0 ] || root='sudo -n'
+exec $root sh <<'ROOT'
+PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
+refuse() {
+	echo "$*" >&2
+	exit 1
+}
+for port in /sys/class/virtio-ports/*; do
+	if read -r name <"$port/name" && [ "$name" = org.libvirt-driver.door ]; then
+		device=/dev/${port##*/}
+	fi
+done 2>/dev/null
+[ -c "$device" ] || refuse 'it has no device for the channel: does its kernel have virtio_console?'
+command -v sshd >/dev/null || refuse 'it has no sshd, OpenSSH'"'"'s server'
+
+# Guests that are restored from one memory would draw the same random numbers, but for one of these. See identity.sh.
+modprobe -q vmgenid 2>/dev/null
+[ -d /sys/bus/acpi/drivers/vmgenid ] || [ -d /sys/bus/platform/drivers/vmgenid ] ||
+	command -v perl >/dev/null || command -v python3 >/dev/null ||
+	refuse 'it has no perl, no python3, and no vmgenid in its kernel: guests from one memory would draw the same random numbers'
+
+# What has not started yet would start in every job's time.
+if [ -d /run/systemd/system ]; then
+	timeout 120 systemctl is-system-running --wait >/dev/null 2>&1 </dev/null
+fi
+
+# A write to the channel waits, in the kernel, until the host is connected: the SSH server's first, and the shell's. The
+# server is stopped by then, so that the shell has the host to itself until it lets the server go on, whose start lies
+# before the save. The shell says that it is there to the one who waits for it here, and becomes one that reads what to
+# do from the host. It is the one in the background since that ignores SIGINT, and the jobs' processes must not.
+door=/run/libvirt-driver-door
+rm -f "$door.ready"
+cat >"$door" <<'DOOR'
+exec 3<>"$1" 2>/dev/null
+export sshd=$$
+{
+	sleep 3
+	kill -STOP "$sshd"
+	echo >"$0.ready"
+	echo 'libvirt-driver: the door'
+	exec sh 3>&-
+} <&3 >&3 &
+exec "$(command -v sshd)" -i -o LoginGraceTime=600 <&3 >&3 3>&-
+DOOR
+systemd-run --quiet --collect -p KillMode=process -p TasksMax=infinity -p OOMPolicy=continue \
+	sh "$door" "$device" >/dev/null 2>&1 </dev/null || setsid sh "$door" "$device" >/dev/null 2>&1 </dev/null &
+tries=0
+until [ -e "$door.ready" ]; do
+	tries=$((tries + 1))
+	[ "$tries" -lt 200 ] || refuse "nothing could be started that waits at $device"
+	sleep 0.1
+done
+rm -f "$door" "$door.ready"
+sync
+ROOT

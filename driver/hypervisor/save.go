@@ -1,0 +1,103 @@
+package hypervisor
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/digitalocean/go-libvirt"
+	"libvirt.org/go/libvirtxml"
+)
+
+// CreateFile creates an empty raw volume that only its owner can read, for what
+// libvirt itself writes to its path. A volume of that name that is already there
+// is replaced: whoever calls this owns the name.
+//
+// https://libvirt.org/formatstorage.html#target-elements
+func (c *Connection) CreateFile(ctx context.Context, pool, name string) (Volume, error) {
+	v := Volume{Pool: pool, Name: name}
+	doc := libvirtxml.StorageVolume{
+		Name:     name,
+		Capacity: &libvirtxml.StorageVolumeSize{Unit: "bytes", Value: 0},
+		Target: &libvirtxml.StorageVolumeTarget{
+			Format:      &libvirtxml.StorageVolumeTargetFormat{Type: "raw"},
+			Permissions: &libvirtxml.StorageVolumeTargetPermissions{Mode: "0600"},
+		},
+	}
+	text, err := doc.Marshal()
+	if err != nil {
+		return v, fmt.Errorf("write volume XML of %s: %w", name, err)
+	}
+	err = c.do(ctx, func(rpc *libvirt.Libvirt) error {
+		p, err := rpc.StoragePoolLookupByName(pool)
+		if err != nil {
+			return err
+		}
+		vol, err := createAnew(rpc, p, name, text)
+		if err != nil {
+			return err
+		}
+		v.Path, err = rpc.StorageVolGetPath(vol)
+		return err
+	})
+	return v, wrap(err, "create volume %s in pool %s", name, pool)
+}
+
+// SaveDomain writes the memory of a running domain to the file at path on the
+// host, and ends the domain. It is defined as before. One that does not run any
+// more is left as it is: what is in the file then shows when it is restored.
+//
+// https://libvirt.org/html/libvirt-libvirt-domain.html#virDomainSaveFlags
+func (c *Connection) SaveDomain(ctx context.Context, name, path string) error {
+	return wrap(c.domain(ctx, name, func(rpc *libvirt.Libvirt, domain libvirt.Domain) error {
+		state, _, err := rpc.DomainGetState(domain, 0)
+		if err != nil || libvirt.DomainState(state) == libvirt.DomainShutoff {
+			return err
+		}
+		return rpc.DomainSaveFlags(domain, path, nil, 0)
+	}), "save domain %s", name)
+}
+
+// RestoreDomain starts a defined domain from the file at path that SaveDomain
+// wrote. xml is the domain as it shall be; it may differ from the one that was
+// saved in what its guest cannot see, as the files behind its disks. One that
+// runs is left as it is.
+//
+// https://libvirt.org/html/libvirt-libvirt-domain.html#virDomainRestoreFlags
+func (c *Connection) RestoreDomain(ctx context.Context, name, path, xml string) error {
+	return wrap(c.domain(ctx, name, func(rpc *libvirt.Libvirt, domain libvirt.Domain) error {
+		state, _, err := rpc.DomainGetState(domain, 0)
+		if err != nil || libvirt.DomainState(state) == libvirt.DomainRunning {
+			return err
+		}
+		return rpc.DomainRestoreFlags(path, libvirt.OptString{xml}, uint32(libvirt.DomainSaveRunning))
+	}), "restore domain %s from %s", name, path)
+}
+
+// Channel returns the path of the socket on the host behind a running domain's
+// virtio channel of that name. ErrNotFound when the domain has none.
+//
+// https://libvirt.org/formatdomain.html#channel
+func (c *Connection) Channel(ctx context.Context, domain, channel string) (string, error) {
+	var text string
+	what := func(err error) error { return wrap(err, "find channel %s of domain %s", channel, domain) }
+	err := c.domain(ctx, domain, func(rpc *libvirt.Libvirt, domain libvirt.Domain) (err error) {
+		text, err = rpc.DomainGetXMLDesc(domain, 0)
+		return err
+	})
+	if err != nil {
+		return "", what(err)
+	}
+	var doc libvirtxml.Domain
+	if err := doc.Unmarshal(text); err != nil {
+		return "", what(err)
+	}
+	if doc.Devices != nil {
+		for _, c := range doc.Devices.Channels {
+			if c.Target != nil && c.Target.VirtIO != nil && c.Target.VirtIO.Name == channel &&
+				c.Source != nil && c.Source.UNIX != nil && c.Source.UNIX.Path != "" {
+				return c.Source.UNIX.Path, nil
+			}
+		}
+	}
+	return "", what(ErrNotFound)
+}

@@ -1,0 +1,104 @@
+package sshexec
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+)
+
+// door stands for the guest's side of a door: it reads a script, which ends in
+// "end", and does as told with the connection.
+func door(t *testing.T, greeting string, then func(script string, conn net.Conn)) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "door")
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	go func() {
+		conn, err := l.Accept()
+		if err != nil {
+			return
+		}
+		defer conn.Close()
+		io.WriteString(conn, greeting)
+		var script strings.Builder
+		for in := bufio.NewScanner(conn); in.Scan(); {
+			if in.Text() == "echo '"+attending+"'" {
+				fmt.Fprintln(conn, attending)
+				continue
+			}
+			fmt.Fprintln(&script, in.Text())
+			if in.Text() == "end" {
+				break
+			}
+		}
+		then(script.String(), conn)
+	}()
+	return path
+}
+
+func TestADoorLeadsToAServer(t *testing.T) {
+	s := startServer(t, nil)
+	var got string
+	path := door(t, "noise\r\n"+Greeting+"\r\n", func(script string, conn net.Conn) {
+		got = script
+		io.WriteString(conn, Open+"\n")
+		server, err := net.Dial("tcp", s.addr)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		go io.Copy(server, conn)
+		io.Copy(conn, server)
+	})
+	target := s.target()
+	target.Address = "192.0.2.1:22" // leads nowhere
+	target.Door = &Door{Socket: path, Script: "identity\nend\n"}
+	c, err := Dial(t.Context(), target)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if err := c.Ping(t.Context()); err != nil || !regexp.MustCompile(`^clock=\d+\.\d{6}\nidentity\nend\n$`).MatchString(got) {
+		t.Errorf("%v; the script was %q", err, got)
+	}
+}
+
+func TestADoorThatDoesNotOpen(t *testing.T) {
+	for name, test := range map[string]struct {
+		greeting string
+		then     func(string, net.Conn)
+		want     string
+		shut     bool
+	}{
+		"refuses":          {Greeting + "\n", func(_ string, c net.Conn) { io.WriteString(c, "the clock cannot be set\n") }, "the clock cannot be set", true},
+		"ends":             {Greeting + "\n", func(string, net.Conn) {}, "did not open", false},
+		"says nothing":     {"", func(string, net.Conn) {}, "no word from the door", false},
+		"has no end":       {strings.Repeat("x", 2*maxDoorLine), func(string, net.Conn) {}, "a line of more than", false},
+		"goes on for ever": {"", func(_ string, c net.Conn) { io.Copy(io.Discard, c) }, "no word from the door", false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			key, err := NewKeyPair()
+			if err != nil {
+				t.Fatal(err)
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+			defer cancel()
+			_, err = Dial(ctx, Target{Address: "192.0.2.1:22", User: "u", Key: key.Signer(), HostKey: key.Public(),
+				Door: &Door{Socket: door(t, test.greeting, test.then), Script: "end\n"}})
+			if !errors.Is(err, ErrUnreachable) || errors.Is(err, ErrShut) != test.shut || !strings.Contains(fmt.Sprint(err), test.want) {
+				t.Errorf("%v", err)
+			}
+		})
+	}
+}
