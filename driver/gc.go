@@ -36,12 +36,12 @@ type Collection struct {
 // moment is left alone. The error tells that some could not be looked at or
 // removed.
 func (h *Host) Collect(ctx context.Context, maxAge time.Duration, dryRun bool) ([]Collection, error) {
-	done, err := h.collectSlots(ctx, dryRun)
-	failures := []error{err}
+	done, failed := h.collectSlots(ctx, dryRun)
 	machines, err := h.list(ctx, h.noteInactive)
 	if err != nil {
-		return done, errors.Join(err, failures[0])
+		return done, errors.Join(failed, err)
 	}
+	failures := []error{failed}
 	for _, machine := range machines {
 		if machine.isSlot() {
 			continue

@@ -64,7 +64,8 @@ func parseMachine(name string) (gitlab.Job, bool) {
 // List returns the driver's machines on this host, the oldest first: domains
 // that carry its metadata and a machine's name, volumes that have a machine's
 // name in a pool of the settings, and what belongs together as one; and the
-// guests that were saved for machines to start from. It notes which pools it cannot look into since they are not active.
+// guests that were saved for machines to start from. It notes which pools it
+// cannot look into since they are not active.
 func (h *Host) List(ctx context.Context) ([]Machine, error) {
 	machines, err := h.list(ctx, h.noteInactive)
 	if err != nil {
@@ -87,30 +88,40 @@ func byAge(a, b Machine) int {
 	return cmp.Or(a.Created.Compare(b.Created), cmp.Compare(a.Name, b.Name))
 }
 
-func (h *Host) list(ctx context.Context, inactive func(pool string)) ([]Machine, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, looking, fmt.Errorf("not answered within %v", looking))
-	defer cancel()
+// listDomains returns the machines of which there is a domain, without what
+// their volumes would tell, and the pools in which these may be.
+func (h *Host) listDomains(ctx context.Context) (list []*Machine, pools []string, err error) {
 	domains, err := h.Hypervisor.Domains(ctx, domainxml.Namespace)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	var list []*Machine
-	machines := map[string]*Machine{} // by both names
-	pools := h.Settings.Pools()
+	pools = h.Settings.Pools()
 	for _, domain := range domains {
 		metadata, err := domainxml.ParseMetadata(domain.Metadata)
 		name, ok := machineOf(domain.Name, metadata)
 		if err != nil || !ok {
 			continue
 		}
-		machine := &Machine{
+		list = append(list, &Machine{
 			Name: name, Domain: domain.Name, Start: cmp.Or(startOf(domain.Name), "boot"),
 			Job: metadata.Job, Project: metadata.Project, JobURL: metadata.JobURL, Image: metadata.Image,
 			Created: metadata.Created, State: domain.State.String(), Address: metadata.Address, owner: metadata.Owner,
-		}
-		list = append(list, machine)
-		machines[name], machines[domain.Name] = machine, machine
+		})
 		pools = with(pools, metadata.Pool)
+	}
+	return list, pools, nil
+}
+
+func (h *Host) list(ctx context.Context, inactive func(pool string)) ([]Machine, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, looking, fmt.Errorf("not answered within %v", looking))
+	defer cancel()
+	list, pools, err := h.listDomains(ctx)
+	if err != nil {
+		return nil, err
+	}
+	machines := map[string]*Machine{} // by both names
+	for _, machine := range list {
+		machines[machine.Name], machines[machine.Domain] = machine, machine
 	}
 	for _, pool := range pools {
 		volumes, err := h.Hypervisor.Volumes(ctx, pool)

@@ -21,9 +21,8 @@ const (
 	// rejections is for how long a guest may refuse the key before that is its
 	// last word: while it boots, accounts may be missing or locked yet.
 	rejections = 20 * time.Second
-	// glance is the pause between two looks that cost the guest nothing: whether
-	// something listens at its address, which its kernel answers by itself, and,
-	// twice as long since it takes libvirt three answers, whether it has one.
+	// glance is the pause between two looks that cost nearly nothing: whether
+	// something listens at the guest's address, which its kernel answers by itself.
 	glance = 50 * time.Millisecond
 )
 
@@ -138,13 +137,26 @@ func (s *Stage) locate(ctx context.Context, m machine) (look locator, pace func(
 	case !keepsLeases:
 		return nil, nil, fmt.Errorf("network %s hands out no addresses: set address to agent or arp for image %s", m.image.Network, m.image.Name)
 	}
+	looks := 0
 	return func(ctx context.Context) (netip.Addr, error) {
+		// No lease does not tell whether the network still runs.
+		if looks++; looks%10 == 0 {
+			if _, err := s.Hypervisor.KeepsLeases(ctx, m.image.Network); err != nil {
+				return netip.Addr{}, networkRemedy(err, err, m.image.Network)
+			}
+		}
 		leases, err := s.Hypervisor.Leases(ctx, m.image.Network, m.mac)
 		if err != nil || len(leases) == 0 {
 			return netip.Addr{}, err
 		}
 		return leases[0].Address, nil
-	}, func(int) time.Duration { return 2 * glance }, nil
+	}, leasePace, nil
+}
+
+// leasePace returns the pause after a look for a lease: a thirtieth of the wait
+// so far, about, as every look takes libvirt's processor time and this one's.
+func leasePace(try int) time.Duration {
+	return min(2*glance+time.Duration(try)*5*time.Millisecond, 6*glance)
 }
 
 // ask returns a locator that asks each source in turn.
@@ -235,7 +247,7 @@ func (s *Stage) tryShell(ctx context.Context, keeper *Keeper, k knock) (reached 
 
 // knock gets a shell and gives it up again.
 func (s *Stage) knock(ctx context.Context, k knock) (contact, error) {
-	shell, err := k.try(ctx, s.Connect)
+	shell, err := k.try(ctx, keyring{}, s.Connect)
 	if err != nil {
 		return contact{}, err
 	}

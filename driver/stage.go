@@ -30,7 +30,8 @@ type Host struct {
 	Version string
 }
 
-// Stage is one call of the driver by GitLab Runner.
+// Stage is one call of the driver by GitLab Runner; or what makes machines that
+// stand ready, as a stage would, and has no Environment.
 type Stage struct {
 	Host
 	Environment *gitlab.Environment

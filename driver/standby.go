@@ -150,7 +150,7 @@ func (s *service) attend(ctx context.Context) error {
 func (s *service) inspect(ctx context.Context) (ready map[string]uint, err error) {
 	asking, cancel := context.WithTimeoutCause(ctx, looking, fmt.Errorf("not answered within %v", looking))
 	defer cancel()
-	machines, err := s.list(asking, func(string) {})
+	machines, _, err := s.listDomains(asking)
 	if err != nil {
 		return nil, err
 	}

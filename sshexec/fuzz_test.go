@@ -2,7 +2,10 @@ package sshexec
 
 import (
 	"fmt"
+	"io"
+	"net"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -107,6 +110,28 @@ func FuzzHostKey(f *testing.F) {
 		}
 		if a := pin.algorithms(); len(a) != len(hostKeyAlgorithms) || a[0] != signatures(pin.key.Type())[0] {
 			t.Errorf("algorithms %q", a)
+		}
+	})
+}
+
+// What a guest says at its door: it ends, and only what opens it does.
+func FuzzDoor(f *testing.F) {
+	f.Fuzz(func(t *testing.T, said []byte) {
+		conn, guest := net.Pipe()
+		defer conn.Close()
+		go io.Copy(io.Discard, guest)
+		go func() {
+			guest.Write(said)
+			guest.Close()
+		}()
+		err := (&Door{Script: "end\n"}).open(conn)
+		lines := strings.Split(strings.ReplaceAll(string(said), "\r\n", "\n"), "\n")
+		opens := slices.Contains(lines[:len(lines)-1], Greeting) && slices.Contains(lines[:len(lines)-1], Open)
+		if err == nil && !opens {
+			t.Errorf("opened by %q", said)
+		}
+		if err != nil && (strings.ContainsFunc(err.Error(), unicode.IsControl) || len(err.Error()) > 2000) {
+			t.Errorf("error %q", err)
 		}
 	})
 }

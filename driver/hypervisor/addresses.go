@@ -34,15 +34,18 @@ func (c *Connection) Leases(ctx context.Context, network, mac string) ([]Lease, 
 		if err != nil {
 			return err
 		}
+		reply, _, err = rpc.NetworkGetDhcpLeases(n, libvirt.OptString{mac}, 1, 0)
+		if err != nil || len(reply) == 0 {
+			return err
+		}
 		active, err := rpc.NetworkIsActive(n)
 		if err != nil {
 			return err
 		}
 		if active == 0 {
-			return ErrInactive // libvirt would tell what leases there were
+			return ErrInactive // these are the leases that there were
 		}
-		reply, _, err = rpc.NetworkGetDhcpLeases(n, libvirt.OptString{mac}, 1, 0)
-		return err
+		return nil
 	})
 	if err != nil {
 		return nil, wrap(err, "read leases of %s on network %s", mac, network)
