@@ -103,9 +103,7 @@ func lookAround() (map[string][]string, error) {
 		if err != nil {
 			continue // it is gone by now
 		}
-		for _, host := range reservation.FindAllString(out, -1) {
-			seen["reservations of network "+network] = append(seen["reservations of network "+network], host)
-		}
+		seen["reservations of network "+network] = append(seen["reservations of network "+network], reservation.FindAllString(out, -1)...)
 	}
 	for _, dir := range []string{
 		"/var/lib/libvirt", consoles, "/etc/libvirt/qemu", "/run/libvirt/qemu", "/run/libvirt-driver",
