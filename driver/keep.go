@@ -10,8 +10,6 @@ import (
 	"syscall"
 	"time"
 
-	"golang.org/x/crypto/ssh"
-
 	"libvirt-driver/sshexec"
 )
 
@@ -71,7 +69,7 @@ func Keep(ctx context.Context, dir, domain string, calls io.ReadCloser, answers 
 	defer cancel()
 	knocks, kept := listen(ctx, cancel, calls)
 	reply := json.NewEncoder(answers)
-	keys := keyring{}
+	keys := sshexec.Keyring{}
 	for {
 		var k knock
 		select {
@@ -136,7 +134,7 @@ func listen(ctx context.Context, end func(), calls io.Reader) (knocks <-chan kno
 }
 
 // try tries to get a shell, and that it takes commands.
-func (k knock) try(ctx context.Context, keys keyring, connect func(context.Context, sshexec.Target) (Shell, error)) (Shell, error) {
+func (k knock) try(ctx context.Context, keys sshexec.Keyring, connect func(context.Context, sshexec.Target) (Shell, error)) (Shell, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, k.Limit, fmt.Errorf("no session after %v", k.Limit))
 	defer cancel()
 	target, err := k.target(keys)
@@ -158,26 +156,11 @@ func (k knock) try(ctx context.Context, keys keyring, connect func(context.Conte
 	return shell, nil
 }
 
-// keyring holds the keys that have been read, by their files' paths: to read an
-// RSA key takes milliseconds, and a guest that boots is knocked at many times.
-type keyring map[string]ssh.Signer
-
-func (r keyring) load(path string) (ssh.Signer, error) {
-	if key, ok := r[path]; ok {
-		return key, nil
-	}
-	key, err := sshexec.LoadKey(path)
-	if err == nil {
-		r[path] = key
-	}
-	return key, err
-}
-
 // target returns what a connection takes.
-func (k knock) target(keys keyring) (sshexec.Target, error) {
+func (k knock) target(keys sshexec.Keyring) (sshexec.Target, error) {
 	target := sshexec.Target{Address: k.Address, User: k.User, HostKey: k.HostKey, Door: k.Door}
 	if k.Own == "" {
-		key, err := keys.load(k.Key)
+		key, err := keys.Load(k.Key)
 		target.Key = key
 		return target, err
 	}

@@ -187,7 +187,7 @@ func (s *Stage) makeSlot(ctx context.Context, m machine, print string) (_ *slot,
 func (s *Stage) makeDoor(ctx context.Context, c contact) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, settling, fmt.Errorf("not done after %v", settling))
 	defer cancel()
-	target, err := knock{Address: c.Address, User: c.User, Key: c.Key, Own: c.Own, HostKey: c.HostKey}.target(keyring{})
+	target, err := knock{Address: c.Address, User: c.User, Key: c.Key, Own: c.Own, HostKey: c.HostKey}.target(sshexec.Keyring{})
 	if err != nil {
 		return err
 	}

@@ -247,7 +247,7 @@ func (s *Stage) tryShell(ctx context.Context, keeper *Keeper, k knock) (reached 
 
 // knock gets a shell and gives it up again.
 func (s *Stage) knock(ctx context.Context, k knock) (contact, error) {
-	shell, err := k.try(ctx, keyring{}, s.Connect)
+	shell, err := k.try(ctx, sshexec.Keyring{}, s.Connect)
 	if err != nil {
 		return contact{}, err
 	}

@@ -114,7 +114,7 @@ func (s *Stage) enter(ctx context.Context, domain string, contact contact) (Shel
 	defer cancel()
 	target, err := knock{
 		Address: contact.Address, User: contact.User, Key: contact.Key, Own: contact.Own, HostKey: contact.HostKey,
-	}.target(keyring{})
+	}.target(sshexec.Keyring{})
 	if err != nil {
 		return nil, err
 	}

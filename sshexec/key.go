@@ -52,6 +52,22 @@ func LoadKey(path string) (ssh.Signer, error) {
 	return nil, fmt.Errorf("read SSH key %s: not a private key: %w", path, err)
 }
 
+// A Keyring holds the keys that it has loaded, by their files' paths: to read an
+// RSA key takes milliseconds, and a guest that boots is knocked at many times.
+type Keyring map[string]ssh.Signer
+
+// Load is [LoadKey] for a key that has not been loaded.
+func (r Keyring) Load(path string) (ssh.Signer, error) {
+	if key, ok := r[path]; ok {
+		return key, nil
+	}
+	key, err := LoadKey(path)
+	if err == nil {
+		r[path] = key
+	}
+	return key, err
+}
+
 // A KeyPair is a key that was made here, for one job.
 type KeyPair struct {
 	signer ssh.Signer
