@@ -100,10 +100,18 @@ func TestPrepareHandsOverAddressAndHostKey(t *testing.T) {
 	}
 }
 
+// reserving has an address kept for the stage's machine.
+func (s *stage) reserving() {
+	image := s.Settings.Images["default"]
+	image.ReserveAddress = true
+	s.Settings.Images["default"] = image
+}
+
 // The DHCP server may have a reason not to lend what is kept.
 func TestAGuestIsFoundByItsLeaseAndNotByItsReservation(t *testing.T) {
 	for lent, kept := range map[string]bool{"192.0.2.7": true, "192.0.2.8": false} {
 		s := newStage(t, nil)
+		s.reserving()
 		s.host.lent = netip.MustParseAddr(lent)
 		if err := s.Prepare(context.Background()); err != nil {
 			t.Fatal(err)
@@ -118,6 +126,7 @@ func TestAGuestIsFoundByItsLeaseAndNotByItsReservation(t *testing.T) {
 func TestAMachineStartsWithoutAReservation(t *testing.T) {
 	for why, starts := range map[error]bool{hypervisor.ErrUnreservable: true, hypervisor.ErrUnreachable: false} {
 		s := newStage(t, nil)
+		s.reserving()
 		s.host.failures["Reserve"] = why
 		if err := s.Prepare(context.Background()); (err == nil) != starts || s.host.called("StartDomain") != starts {
 			t.Errorf("%v: %v after %q", why, err, s.host.calls)

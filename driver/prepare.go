@@ -152,12 +152,15 @@ func (s *Stage) create(ctx context.Context, m *machine) error {
 	return nil
 }
 
-// reserve has the network keep an address for the machine, where the guest is to
-// be found by its lease. It gets a kept one at once, and it is found by the lease
-// all the same: where none can be kept, it gets any other, only later. The
-// caller is the one whose turn it is, so that two do not choose the same.
+// reserve has the network keep an address for the machine, where the settings
+// want that and the guest is to be found by its lease; and for a guest that is
+// saved, which goes on to have its address while it is not there. It gets a kept
+// one at once, and it is found by the lease all the same: where none can be kept,
+// it gets any other, only later. The caller is the one whose turn it is, so that
+// two do not choose the same.
 func (s *Stage) reserve(ctx context.Context, m machine) (netip.Addr, error) {
-	if m.image.Address != settings.AddressAuto && m.image.Address != settings.AddressLease {
+	byLease := m.image.Address == settings.AddressAuto || m.image.Address == settings.AddressLease
+	if !byLease || !m.image.ReserveAddress && m.frozen == nil {
 		return netip.Addr{}, nil
 	}
 	address, err := s.Hypervisor.Reserve(ctx, m.image.Network, m.mac)

@@ -40,7 +40,7 @@ func lent(t *testing.T, network string) map[string]string {
 // The network has the DHCP server's own habits: it tries an address before it lends it, unless it is kept.
 func TestGuestsGetTheAddressesThatAreReservedForThem(t *testing.T) {
 	t.Parallel()
-	s := newSettings(t, tiny(""))
+	s := newSettings(t, tiny("reserve_address = true"))
 	var jobs [4]runner.Job
 	var all sync.WaitGroup
 	for i := range jobs {
@@ -67,7 +67,7 @@ func TestGuestsGetTheAddressesThatAreReservedForThem(t *testing.T) {
 func TestACleanupEndsTheReservation(t *testing.T) {
 	t.Parallel()
 	n, job := newNetwork(t, true), newJob(runner.Job{})
-	ex := prepared(t, newSettings(t, tiny(fmt.Sprintf("network = %q", n.name))).runner(t), job)
+	ex := prepared(t, newSettings(t, tiny(fmt.Sprintf("network = %q\nreserve_address = true", n.name))).runner(t), job)
 	if kept := reservations(t, n.name); kept[macOf(job)] == "" {
 		t.Fatalf("no address is kept: %v", kept)
 	}
@@ -79,7 +79,7 @@ func TestACleanupEndsTheReservation(t *testing.T) {
 func TestAFullRangeOnlyMakesAJobWait(t *testing.T) {
 	t.Parallel()
 	n := smallNetwork(t, 2)
-	s := newSettings(t, tiny(fmt.Sprintf("network = %q", n.name)))
+	s := newSettings(t, tiny(fmt.Sprintf("network = %q\nreserve_address = true", n.name)))
 	first, second := newJob(runner.Job{}), newJob(runner.Job{})
 	ex, waiting := prepared(t, s.runner(t), first), start(t, s.runner(t), second)
 	call := waiting.StartPrepare()
@@ -95,7 +95,7 @@ func TestAFullRangeOnlyMakesAJobWait(t *testing.T) {
 func TestAGuestIsFoundThatGetsAnotherAddressThanItsOwn(t *testing.T) {
 	t.Parallel()
 	n := smallNetwork(t, 3)
-	s := newSettings(t, tiny(fmt.Sprintf("network = %q", n.name)))
+	s := newSettings(t, tiny(fmt.Sprintf("network = %q\nreserve_address = true", n.name)))
 	holder := newJob(runner.Job{})
 	prepared(t, s.runner(t), holder)
 	held := reservations(t, n.name)[macOf(holder)]

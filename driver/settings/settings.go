@@ -124,6 +124,8 @@ type Image struct {
 	Shell Shell
 	// Address is where the guest's address is found.
 	Address AddressSource
+	// ReserveAddress has the network keep an address for every machine that boots.
+	ReserveAddress bool
 	// Isolated keeps the guest from reaching other isolated guests of its
 	// network.
 	Isolated bool
