@@ -69,9 +69,9 @@ blames the job, and a job that forges who it is has its machine removed all the 
 
 const listHelp = `Prints one line for each of the driver's machines, the oldest first: its job and project, its
 image, how it came to be (boot, standby, memory), its age, the state of its domain, the guest's
-address, and what its disk takes of the host's. A machine that is nobody's yet has no job, nor has
-a guest that was saved for machines to start from memory: it is saved, or in use. A
-domain without a volume has the disk "none", a volume without a domain the state "no domain".
+address, and what its disk takes of the host's. A machine that is nobody's yet has no job, nor
+has a guest that was saved for machines to start from memory: it is saved, or in use. A domain
+without a volume has the disk "none", a volume without a domain the state "no domain".
 
 With --metrics it prints numbers for Prometheus instead: machines, and the bytes that they take
 of the host's disk, by image, by how they came to be, and by whether a job has them.
@@ -106,8 +106,8 @@ why:
   - those whose cleanup began and was not finished;
   - volumes of such machines that have lost their domain;
   - machines made before their job that were not finished, or ran and do not any more;
-  - guests saved for machines to start from memory, when no image of the settings is like them any
-    more, or they were not made to their end, and no machine starts from them.
+  - guests saved for machines to start from memory, when no image of the settings is like them
+    any more, or they were not made to their end, and no machine starts from them.
 
 Only what has a machine's name is looked at: domains that carry the driver's metadata, and
 volumes in the pools of the settings. A machine on which a stage is at work making or removing
