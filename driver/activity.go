@@ -70,7 +70,10 @@ func (h *Host) idle(machine string, made time.Time) (since time.Time, ok bool, e
 // forget removes the records of a machine that is gone.
 func (h *Host) forget(machine string) error {
 	var left []error
-	for _, record := range []string{h.bindingPath(machine), h.activity(machine), h.lockPath(machine + waitingSuffix)} {
+	for _, record := range []string{
+		h.bindingPath(machine), h.bindingPath(machine) + half, h.readyPath(machine) + half,
+		h.activity(machine), h.lockPath(machine + waitingSuffix),
+	} {
 		left = append(left, gone(os.Remove(record)))
 	}
 	return errors.Join(left...)

@@ -50,11 +50,7 @@ func (h *Host) bindingPath(machine string) string {
 // bind records that a domain is a machine's. It is in force even if this
 // process ends at once.
 func (h *Host) bind(machine, domain string) error {
-	doc, err := json.Marshal(binding{domain})
-	if err == nil {
-		err = os.WriteFile(h.bindingPath(machine), doc, 0o600)
-	}
-	if err != nil {
+	if err := writeRecord(h.bindingPath(machine), binding{domain}); err != nil {
 		return fmt.Errorf("record that %s is the job's machine: %w", domain, err)
 	}
 	return nil
@@ -63,6 +59,25 @@ func (h *Host) bind(machine, domain string) error {
 // unbind removes a machine's record, if there is one.
 func (h *Host) unbind(machine string) error {
 	return gone(os.Remove(h.bindingPath(machine)))
+}
+
+// half is what the name of a record has more while it is written.
+const half = ".new"
+
+// writeRecord writes a record for this user alone. What is there under its name
+// is whole, also if this process ends at once, or the disk is full.
+func writeRecord(path string, record any) error {
+	doc, err := json.Marshal(record)
+	if err == nil {
+		err = os.WriteFile(path+half, doc, 0o600)
+	}
+	if err == nil {
+		err = os.Rename(path+half, path)
+	}
+	if err != nil {
+		os.Remove(path + half)
+	}
+	return err
 }
 
 // domainOf returns libvirt's name of a machine.

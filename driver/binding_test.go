@@ -12,6 +12,7 @@ import (
 
 	"libvirt-driver/domainxml"
 	"libvirt-driver/driver/settings"
+	"libvirt-driver/sshexec"
 )
 
 const ownName = "libvirt-driver-standby-0123456789ab"
@@ -194,5 +195,35 @@ func TestAJobThatFindsNoRoomHasAReadyMachineRemoved(t *testing.T) {
 	m.ahead = true
 	if _, err := s.admit(context.Background(), m); !errors.Is(err, errNoRoom) {
 		t.Errorf("made ahead without room: %v", err)
+	}
+}
+
+// Whoever is told to stop in that moment must not take one ready machine after
+// the other for dead.
+func TestAPrepareThatIsToldToStopThrowsNoReadyMachineAway(t *testing.T) {
+	const other = "libvirt-driver-standby-ba9876543210"
+	s := newStage(t, nil)
+	s.stand(t, ownName)
+	s.stand(t, other)
+	m, err := s.plan()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	s.Connect = func(context.Context, sshexec.Target) (Shell, error) {
+		cancel()
+		return nil, ctx.Err()
+	}
+	if _, claimed := s.claim(ctx, &m); claimed {
+		t.Error("claimed")
+	}
+	domain, err := s.domainOf(m.name)
+	if err != nil || startOf(domain) != startStandby {
+		t.Errorf("the machine that was taken is not on record: %s, %v", domain, err)
+	}
+	for _, name := range []string{ownName, other} {
+		if _, there := s.host.domains[name]; !there || s.isReady(name) != (name != domain) {
+			t.Errorf("%s: there %v, ready %v", name, there, s.isReady(name))
+		}
 	}
 }

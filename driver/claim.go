@@ -64,11 +64,16 @@ func (s *Stage) claim(ctx context.Context, m *machine) (contact, bool) {
 			continue
 		}
 		if err := s.answers(ctx, ready); err != nil {
+			if ctx.Err() != nil {
+				return contact{}, false // the machine is the job's, and its cleanup's to remove
+			}
 			s.Log.Note("threw a machine away that stood ready: %v", err)
 			if _, err := s.removeWithin(ctx, m.name, m.job); err != nil {
 				s.Log.Note("%v", err)
 			}
-			os.Remove(s.bindingPath(m.name))
+			if err := s.unbind(m.name); err != nil {
+				s.Log.Note("%v", err)
+			}
 			continue
 		}
 		m.domain, m.volume, m.mac = ready.Domain, volumeName(ready.Domain), macAddress(ready.Domain)
@@ -86,11 +91,11 @@ const answering = 5 * time.Second
 func (s *Stage) answers(ctx context.Context, ready standing) error {
 	ctx, cancel := context.WithTimeout(ctx, answering)
 	defer cancel()
-	state, err := s.Hypervisor.State(ctx, ready.Domain)
-	if err != nil {
-		return err
-	}
-	if state.Kind != hypervisor.Running {
+	asking, asked := context.WithTimeout(ctx, answering/2)
+	defer asked()
+	// A libvirtd that is away says nothing against the guest, which is asked next.
+	state, err := s.Hypervisor.State(asking, ready.Domain)
+	if err == nil && state.Kind != hypervisor.Running {
 		return &guestLost{ready.Domain, state}
 	}
 	shell, err := s.enter(ctx, ready.Domain, ready.Contact)

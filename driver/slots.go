@@ -88,16 +88,10 @@ func (h *Host) slotPath(name string) string { return filepath.Join(h.LockDir, na
 
 // record makes a slot known.
 func (h *Host) record(s slot) error {
-	doc, err := json.Marshal(s)
-	if err != nil {
-		return err
-	}
-	// What is there under this name is whole.
-	half := h.slotPath(s.Name) + ".new"
-	if err := os.WriteFile(half, doc, 0o600); err != nil {
+	if err := writeRecord(h.slotPath(s.Name), s); err != nil {
 		return fmt.Errorf("record the saved guest: %w", err)
 	}
-	return os.Rename(half, h.slotPath(s.Name))
+	return nil
 }
 
 // slots returns the slots that are on record. A record that makes no sense is of
@@ -275,7 +269,7 @@ func (h *Host) removeSlot(ctx context.Context, name string) error {
 			known = each
 		}
 	}
-	if err := errors.Join(gone(os.Remove(h.slotPath(name))), gone(os.Remove(h.slotPath(name)+".new"))); err != nil {
+	if err := errors.Join(gone(os.Remove(h.slotPath(name))), gone(os.Remove(h.slotPath(name)+half))); err != nil {
 		return err
 	}
 	if err := h.Hypervisor.DestroyDomain(ctx, name); err != nil {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -277,17 +276,7 @@ func (s *service) stand(ctx context.Context, image settings.Image) (string, erro
 }
 
 // line puts a machine where jobs look for one.
-func (h *Host) line(ready standing) error {
-	doc, err := json.Marshal(ready)
-	if err != nil {
-		return err
-	}
-	making := h.readyPath(ready.Domain) + "+"
-	if err := os.WriteFile(making, doc, 0o600); err != nil {
-		return err
-	}
-	return os.Rename(making, h.readyPath(ready.Domain))
-}
+func (h *Host) line(ready standing) error { return writeRecord(h.readyPath(ready.Domain), ready) }
 
 // discard removes a domain that was made before its job and is nobody's: whoever
 // has taken it back, or has seen that it is neither ready nor a job's, may. Of one
