@@ -2,7 +2,6 @@ package hypervisor
 
 import (
 	"context"
-	"fmt"
 
 	"github.com/digitalocean/go-libvirt"
 	"libvirt.org/go/libvirtxml"
@@ -23,20 +22,8 @@ func (c *Connection) CreateFile(ctx context.Context, pool, name string) (Volume,
 			Permissions: &libvirtxml.StorageVolumeTargetPermissions{Mode: "0600"},
 		},
 	}
-	text, err := doc.Marshal()
-	if err != nil {
-		return v, fmt.Errorf("write volume XML of %s: %w", name, err)
-	}
-	err = c.do(ctx, func(rpc *libvirt.Libvirt) error {
-		p, err := rpc.StoragePoolLookupByName(pool)
-		if err != nil {
-			return err
-		}
-		vol, err := createAnew(rpc, p, name, text)
-		if err != nil {
-			return err
-		}
-		v.Path, err = rpc.StorageVolGetPath(vol)
+	err := c.do(ctx, func(rpc *libvirt.Libvirt) (err error) {
+		_, v.Path, err = createAnew(rpc, pool, doc)
 		return err
 	})
 	return v, wrap(err, "create volume %s in pool %s", name, pool)

@@ -3,7 +3,6 @@ package hypervisor
 import (
 	"bytes"
 	"context"
-	"fmt"
 	"strconv"
 
 	"github.com/digitalocean/go-libvirt"
@@ -31,22 +30,12 @@ func (c *Connection) CreateSecret(ctx context.Context, pool, name string, conten
 			Permissions: permissions,
 		},
 	}
-	text, err := doc.Marshal()
-	if err != nil {
-		return v, fmt.Errorf("write volume XML of %s: %w", name, err)
-	}
 	return v, what(c.do(ctx, func(rpc *libvirt.Libvirt) error {
-		p, err := rpc.StoragePoolLookupByName(pool)
+		vol, path, err := createAnew(rpc, pool, doc)
 		if err != nil {
 			return err
 		}
-		vol, err := createAnew(rpc, p, name, text)
-		if err != nil {
-			return err
-		}
-		if v.Path, err = rpc.StorageVolGetPath(vol); err != nil {
-			return err
-		}
+		v.Path = path
 		return rpc.StorageVolUpload(vol, bytes.NewReader(content), 0, uint64(len(content)), 0)
 	}))
 }
@@ -58,21 +47,6 @@ func (c *Connection) WipeVolume(ctx context.Context, pool, name string) error {
 	return wrap(c.volume(ctx, pool, name, func(rpc *libvirt.Libvirt, vol libvirt.StorageVol) error {
 		return rpc.StorageVolWipe(vol, 0)
 	}), "wipe volume %s of pool %s", name, pool)
-}
-
-// createAnew creates a volume from its XML, in place of one of that name.
-func createAnew(rpc *libvirt.Libvirt, pool libvirt.StoragePool, name, text string) (libvirt.StorageVol, error) {
-	vol, err := rpc.StorageVolCreateXML(pool, text, 0)
-	if !is(err, libvirt.ErrStorageVolExist) {
-		return vol, err
-	}
-	if vol, err = rpc.StorageVolLookupByName(pool, name); err != nil {
-		return vol, err
-	}
-	if err := rpc.StorageVolDelete(vol, 0); err != nil {
-		return vol, err
-	}
-	return rpc.StorageVolCreateXML(pool, text, 0)
 }
 
 // private returns the permissions of a file that only QEMU can read. Where

@@ -146,23 +146,39 @@ func (c *Connection) CreateOverlay(ctx context.Context, name string, base Volume
 			Format: &libvirtxml.StorageVolumeTargetFormat{Type: format},
 		},
 	}
-	text, err := doc.Marshal()
-	if err != nil {
-		return v, fmt.Errorf("write volume XML of %s: %w", name, err)
-	}
-	err = c.do(ctx, func(rpc *libvirt.Libvirt) error {
-		p, err := rpc.StoragePoolLookupByName(base.Pool)
-		if err != nil {
-			return err
-		}
-		vol, err := createAnew(rpc, p, name, text)
-		if err != nil {
-			return err
-		}
-		v.Path, err = rpc.StorageVolGetPath(vol)
+	err := c.do(ctx, func(rpc *libvirt.Libvirt) (err error) {
+		_, v.Path, err = createAnew(rpc, base.Pool, doc)
 		return err
 	})
 	return v, wrap(err, "create volume %s on %s in pool %s", name, base.Name, base.Pool)
+}
+
+// createAnew creates a volume in a pool, in place of one of that name, and
+// returns its path, too.
+func createAnew(rpc *libvirt.Libvirt, pool string, doc libvirtxml.StorageVolume) (vol libvirt.StorageVol, path string, err error) {
+	text, err := doc.Marshal()
+	if err != nil {
+		return vol, "", fmt.Errorf("write volume XML of %s: %w", doc.Name, err)
+	}
+	p, err := rpc.StoragePoolLookupByName(pool)
+	if err != nil {
+		return vol, "", err
+	}
+	vol, err = rpc.StorageVolCreateXML(p, text, 0)
+	if is(err, libvirt.ErrStorageVolExist) {
+		if vol, err = rpc.StorageVolLookupByName(p, doc.Name); err != nil {
+			return vol, "", err
+		}
+		if err := rpc.StorageVolDelete(vol, 0); err != nil {
+			return vol, "", err
+		}
+		vol, err = rpc.StorageVolCreateXML(p, text, 0)
+	}
+	if err != nil {
+		return vol, "", err
+	}
+	path, err = rpc.StorageVolGetPath(vol)
+	return vol, path, err
 }
 
 // DeleteVolume deletes a volume and reports whether there was one. A pool that
