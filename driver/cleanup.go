@@ -175,9 +175,6 @@ func (h *Host) remove(ctx context.Context, name string, job gitlab.Job) (found b
 	}
 	released := h.releaseLeases(ctx, networks, macAddress(domain))
 	defer released()
-	for _, network := range networks {
-		left.add(h.Hypervisor.Unreserve(ctx, network, macAddress(domain)), "an address reserved on network %s", network)
-	}
 	volumes := []string{volumeName(name), identityVolume(name)}
 	if domain != name {
 		volumes = append(volumes, volumeName(domain), identityVolume(domain))

@@ -8,7 +8,6 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -100,36 +99,22 @@ func TestPrepareHandsOverAddressAndHostKey(t *testing.T) {
 	}
 }
 
-// reserving has an address kept for the stage's machine.
-func (s *stage) reserving() {
-	image := s.Settings.Images["default"]
-	image.ReserveAddress = true
-	s.Settings.Images["default"] = image
-}
-
-// The DHCP server may have a reason not to lend what is kept.
-func TestAGuestIsFoundByItsLeaseAndNotByItsReservation(t *testing.T) {
-	for lent, kept := range map[string]bool{"192.0.2.7": true, "192.0.2.8": false} {
+// Nothing depends on it.
+func TestTheDHCPServerIsAskedInTheNameOfAGuestThatIsFoundByItsLease(t *testing.T) {
+	for source, asked := range map[settings.AddressSource]bool{
+		settings.AddressAuto: true, settings.AddressLease: true, settings.AddressAgent: false, settings.AddressARP: false,
+	} {
 		s := newStage(t, nil)
-		s.reserving()
-		s.host.lent = netip.MustParseAddr(lent)
-		if err := s.Prepare(context.Background()); err != nil {
+		image := s.Settings.Images["default"]
+		image.Address = source
+		s.Settings.Images["default"] = image
+		s.host.failures["Discover"] = hypervisor.ErrNotFound
+		s.host.failures["Addresses"] = errors.New("enough")
+		if err := s.Prepare(context.Background()); (err == nil) != asked {
 			t.Fatal(err)
 		}
-		log := s.log.String()
-		if !strings.Contains(log, lent+":22") || strings.Contains(log, lent+", reserved") != kept {
-			t.Errorf("lent %s: %s", lent, log)
-		}
-	}
-}
-
-func TestAMachineStartsWithoutAReservation(t *testing.T) {
-	for why, starts := range map[error]bool{hypervisor.ErrUnreservable: true, hypervisor.ErrUnreachable: false} {
-		s := newStage(t, nil)
-		s.reserving()
-		s.host.failures["Reserve"] = why
-		if err := s.Prepare(context.Background()); (err == nil) != starts || s.host.called("StartDomain") != starts {
-			t.Errorf("%v: %v after %q", why, err, s.host.calls)
+		if got := s.host.called("Discover " + image.Network + " " + macAddress(machineName)); got != asked {
+			t.Errorf("%s: asked %t: %q", source, got, s.host.calls)
 		}
 	}
 }

@@ -196,6 +196,10 @@ func (h *host) Watch(ctx context.Context, _ string, done func(hypervisor.State) 
 	}
 }
 
+func (h *host) Discover(_ context.Context, network, mac string) error {
+	return h.note("Discover", network, mac)
+}
+
 func (h *host) Reserve(_ context.Context, network, mac string) (netip.Addr, error) {
 	return netip.MustParseAddr("192.0.2.7"), h.note("Reserve", network, mac)
 }

@@ -152,7 +152,7 @@ func (s *Stage) makeSlot(ctx context.Context, m machine, print string) (_ *slot,
 		return nil, nil, err
 	}
 	made.Frozen, made.Base, made.Capacity, made.Identity = m.disk.Path, m.disk.BasePath, m.disk.capacity, m.provision
-	made.Address, made.HostKey, made.Reserved = reached.Address, reached.HostKey, m.address.IsValid()
+	made.Address, made.HostKey, made.Reserved = reached.Address, reached.HostKey, reached.Address == socketAddress(m.address)
 	if m.keys.client != nil {
 		made.Key = m.keys.client.Public()
 	}

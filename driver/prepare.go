@@ -119,7 +119,7 @@ func (s *Stage) introduce(m machine) {
 	}
 }
 
-// create makes the machine's disk, has an address kept for it, and starts it.
+// create makes the machine's disk, has an address chosen for it, and starts it.
 func (s *Stage) create(ctx context.Context, m *machine) error {
 	release, err := s.admit(ctx, *m)
 	if err != nil {
@@ -128,6 +128,8 @@ func (s *Stage) create(ctx context.Context, m *machine) error {
 	defer release()
 	ctx, cancel := context.WithTimeoutCause(ctx, creation, errSlow)
 	defer cancel()
+	discovered := s.discover(ctx, *m)
+	defer discovered()
 	begun := time.Now()
 	if m.disk, err = s.createDisk(ctx, *m); err != nil {
 		return fmt.Errorf("create disk: %w", err)
@@ -152,15 +154,25 @@ func (s *Stage) create(ctx context.Context, m *machine) error {
 	return nil
 }
 
-// reserve has the network keep an address for the machine, where the settings
-// want that and the guest is to be found by its lease; and for a guest that is
-// saved, which goes on to have its address while it is not there. It gets a kept
-// one at once, and it is found by the lease all the same: where none can be kept,
-// it gets any other, only later. The caller is the one whose turn it is, so that
-// two do not choose the same.
+// discover has the network's DHCP server choose the guest's address while
+// libvirt starts the guest, where it is to be found by its lease. It returns how
+// to wait for the end of that. Without it the guest gets its address all the
+// same, only later.
+func (s *Stage) discover(ctx context.Context, m machine) (wait func()) {
+	if !m.image.Address.ByLease() {
+		return func() {}
+	}
+	var asking sync.WaitGroup
+	asking.Go(func() { s.Hypervisor.Discover(ctx, m.image.Network, m.mac) })
+	return asking.Wait
+}
+
+// reserve has the network keep an address for a guest that is saved, and is to be
+// found by its lease: it goes on to have the address while it is not there. It is
+// found by the lease all the same: where none can be kept, it gets any. The caller
+// is the one whose turn it is, so that two do not choose the same.
 func (s *Stage) reserve(ctx context.Context, m machine) (netip.Addr, error) {
-	byLease := m.image.Address == settings.AddressAuto || m.image.Address == settings.AddressLease
-	if !byLease || !m.image.ReserveAddress && m.frozen == nil {
+	if !m.image.Address.ByLease() || m.frozen == nil {
 		return netip.Addr{}, nil
 	}
 	address, err := s.Hypervisor.Reserve(ctx, m.image.Network, m.mac)

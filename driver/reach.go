@@ -43,11 +43,7 @@ func (s *Stage) reach(ctx context.Context, m machine, keeper *Keeper) (contact, 
 	if err != nil {
 		return contact{}, fmt.Errorf("wait for the guest's address: %w", err)
 	}
-	kept := ""
-	if address == m.address {
-		kept = ", reserved"
-	}
-	s.Log.Step("address", time.Since(begun), "%s%s", address, kept)
+	s.Log.Step("address", time.Since(begun), "%s", address)
 
 	begun = time.Now()
 	reached, err := s.waitForShell(ctx, m, look, keeper)

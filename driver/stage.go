@@ -83,6 +83,7 @@ type Hypervisor interface {
 	State(ctx context.Context, name string) (hypervisor.State, error)
 	Watch(ctx context.Context, name string, done func(hypervisor.State) bool) (hypervisor.State, error)
 
+	Discover(ctx context.Context, network, mac string) error
 	Reserve(ctx context.Context, network, mac string) (netip.Addr, error)
 	Unreserve(ctx context.Context, network, mac string) error
 	KeepsLeases(ctx context.Context, network string) (bool, error)

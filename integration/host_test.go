@@ -296,6 +296,16 @@ func newNetwork(t *testing.T, dhcp bool) network {
 	return n
 }
 
+// cautiousNetwork starts a network whose DHCP server does so, as libvirt's do that are not told otherwise.
+func cautiousNetwork(t *testing.T) network {
+	t.Helper()
+	n := defineNetwork(t, true)
+	xml := virsh(t, "net-dumpxml", "--inactive", n.name)
+	virsh(t, "net-define", document(t, "%s", strings.Replace(xml, "<dnsmasq:option value='no-ping'/>", "", 1)))
+	virsh(t, "net-start", n.name)
+	return n
+}
+
 // defineNetwork defines a network and does not start it.
 func defineNetwork(t *testing.T, dhcp bool) network {
 	t.Helper()

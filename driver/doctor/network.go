@@ -83,10 +83,9 @@ func (d *Doctor) checkAddresses(ctx context.Context, name string) Finding {
 	for _, r := range network.Ranges {
 		lent += r.Size()
 	}
-	needs := image.Address == settings.AddressLease || image.Address == settings.AddressAuto
 	subnet, largest := largestRange(network)
 	switch {
-	case !needs:
+	case !image.Address.ByLease():
 		return fine("%s, asked of the %s", image.Network, image.Address)
 	case lent+network.Reserved == 0 && image.Address == settings.AddressAuto && largest.Size() == 0:
 		return fine("%s lends none: they are asked of the guest agent and the host's ARP table", image.Network)

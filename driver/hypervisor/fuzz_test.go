@@ -458,13 +458,13 @@ func FuzzRelease(f *testing.F) {
 			return
 		}
 		lease := libvirt.NetworkDhcpLease{Ipaddr: ip, Mac: libvirt.OptString{mac}, Clientid: libvirt.OptString{client}}
-		text, err := releaseMessage(lease, address, server)
+		message, err := releaseMessage(lease, address, server)
 		if err != nil {
 			return
 		}
-		m, err := dhcpv4.FromBytes(text)
+		m, err := dhcpv4.FromBytes(message.ToBytes())
 		if err != nil {
-			t.Fatalf("%x: %v", text, err)
+			t.Fatalf("%v: %v", message, err)
 		}
 		hardware, err := net.ParseMAC(mac)
 		if err != nil {

@@ -134,18 +134,12 @@ func release(ctx context.Context, lease libvirt.NetworkDhcpLease, servers []neti
 		if err != nil {
 			return err
 		}
-		conn, err := new(net.Dialer).DialContext(ctx, "udp4", netip.AddrPortFrom(server.Addr(), dhcpv4.ServerPort).String())
-		if err != nil {
-			return err
-		}
-		defer conn.Close()
-		_, err = conn.Write(message)
-		return err
+		return toServer(ctx, message, server.Addr())
 	}
 	return errors.New("no DHCP server of the network is known")
 }
 
-func releaseMessage(lease libvirt.NetworkDhcpLease, address, server netip.Addr) ([]byte, error) {
+func releaseMessage(lease libvirt.NetworkDhcpLease, address, server netip.Addr) (*dhcpv4.DHCPv4, error) {
 	var mac net.HardwareAddr
 	if len(lease.Mac) > 0 {
 		var err error
@@ -170,9 +164,5 @@ func releaseMessage(lease libvirt.NetworkDhcpLease, address, server netip.Addr) 
 		}
 		modifiers = append(modifiers, dhcpv4.WithOption(dhcpv4.OptClientIdentifier(id)))
 	}
-	message, err := dhcpv4.New(modifiers...)
-	if err != nil {
-		return nil, err
-	}
-	return message.ToBytes(), nil
+	return dhcpv4.New(modifiers...)
 }

@@ -26,11 +26,11 @@ func TestReleaseMessageIsWhatTheGuestWouldSend(t *testing.T) {
 	lease := libvirt.NetworkDhcpLease{
 		Ipaddr: "192.0.2.9", Mac: libvirt.OptString{"52:54:00:01:02:03"}, Clientid: libvirt.OptString{"ff:00:01"},
 	}
-	text, err := releaseMessage(lease, netip.MustParseAddr("192.0.2.9"), netip.MustParseAddr("192.0.2.1"))
+	message, err := releaseMessage(lease, netip.MustParseAddr("192.0.2.9"), netip.MustParseAddr("192.0.2.1"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	m, err := dhcpv4.FromBytes(text)
+	m, err := dhcpv4.FromBytes(message.ToBytes())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -124,8 +124,6 @@ type Image struct {
 	Shell Shell
 	// Address is where the guest's address is found.
 	Address AddressSource
-	// ReserveAddress has the network keep an address for every machine that boots.
-	ReserveAddress bool
 	// Isolated keeps the guest from reaching other isolated guests of its
 	// network.
 	Isolated bool
@@ -202,6 +200,9 @@ const (
 	AddressAgent AddressSource = "agent"
 	AddressARP   AddressSource = "arp"
 )
+
+// ByLease reports whether the network's leases are to be looked at.
+func (a AddressSource) ByLease() bool { return a == AddressAuto || a == AddressLease }
 
 // HostKey is how the driver knows a guest's SSH host key.
 type HostKey string
