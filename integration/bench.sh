@@ -1,19 +1,21 @@
 #!/usr/bin/env bash
 # bench.sh: measures the driver and the scripts of GitLab's documentation page side by side.
 #
-# usage: integration/bench.sh [--baseline FOLDER] [-n N] [--ways WAYS] [--many NUMBERS] [--markdown FILE]
-#                             [--virt-type qemu|kvm]
+# usage: integration/bench.sh [--baseline FOLDER] [-n N] [--ways WAYS] [--tail N] [--many NUMBERS]
+#                             [--markdown FILE] [--virt-type qemu|kvm]
 #
 #   --baseline FOLDER  the scripts prepare.sh, run.sh, cleanup.sh and base.sh of
 #                      https://docs.gitlab.com/runner/executors/custom_examples/libvirt/, executable, with
 #                      --virt-type "${VIRT_TYPE:-kvm}" among virt-install's arguments in prepare.sh.
 #                      Without it: ../shared/baseline beside the checkout.
-#   -n N               how many jobs of each side count (7). From 20 on the report has percentiles, too: 50 is a good
-#                      number for those. 0 compares nothing, and is for --many alone.
+#   -n N               how many jobs of each side count (7). From 20 on the report has percentiles, too. 0 compares
+#                      nothing, and is for --tail and --many alone.
 #   --ways WAYS        which ways of the driver to measure beside the baseline (boot,standby,memory):
 #                        boot     prepare boots the machine: the defaults
 #                        standby  the service has booted it before: standby = 1
 #                        memory   prepare starts it from memory: start = "memory"
+#   --tail N           runs N jobs more of each way, without the baseline and without runs at rest, for percentiles of
+#                      the driver's own: 50 is a good number.
 #   --many NUMBERS     runs so many jobs at once, as 1,4,16, each with a tiny guest that it boots; without it, none.
 #   --markdown FILE    writes the report to FILE, too, as Markdown.
 #   --virt-type TYPE   how the guests run: qemu (emulated, the default: that works everywhere) or kvm.
@@ -61,7 +63,7 @@ main() {
 			baseline=$2
 			shift
 			;;
-		-n | --ways | --many | --markdown | --virt-type)
+		-n | --ways | --tail | --many | --markdown | --virt-type)
 			(($# > 1)) || { usage >&2 && exit 2; }
 			arguments+=("$1" "$2")
 			shift

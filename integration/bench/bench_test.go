@@ -97,6 +97,29 @@ func TestCompare(t *testing.T) {
 	}
 }
 
+// The percentiles are of the driver's jobs alone, with nothing beside them.
+func TestTail(t *testing.T) {
+	log := filepath.Join(t.TempDir(), "log")
+	b := testBench(t)
+	m, err := b.tail(t.Context(), 2, []side{
+		scripts(t, "A", log, map[string]string{"prepare": "exit 1"}), scripts(t, "B", log, nil), scripts(t, "C", log, nil),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if calls := readLog(t, log); len(calls) != 2*3*(2+len(subStages)) {
+		t.Errorf("%d calls: %q", len(calls), calls)
+	}
+	if len(m.timed[0]) != 0 || len(m.timed[1]) != 2 || len(m.timed[2]) != 2 {
+		t.Errorf("%d, %d and %d jobs", len(m.timed[0]), len(m.timed[1]), len(m.timed[2]))
+	}
+	var r report
+	m.addTail(&r)
+	if len(r.sections) != 1 || !strings.Contains(r.sections[0].caption, "of 2 jobs") || len(r.sections[0].table.rows) != 2*5 {
+		t.Errorf("report: %+v", r.sections)
+	}
+}
+
 // A job that fails ends the comparison with the call, its end and its output,
 // and its machine is removed.
 func TestCompareFails(t *testing.T) {
@@ -159,15 +182,15 @@ func TestAJobIsOverWithWhatItLeftBehind(t *testing.T) {
 while [ ! -e ` + begun + ` ]; do sleep 0.01; done`,
 	})
 	b := testBench(t)
-	for _, traced := range []bool{false, true} {
-		j, err := b.job(t.Context(), leaving, traced)
+	for _, k := range []kind{whole, traced} {
+		j, err := b.job(t.Context(), leaving, k)
 		if err != nil {
 			t.Fatal(err)
 		}
 		if calls := readLog(t, log); calls[len(calls)-1] != "A-left" {
-			t.Errorf("traced %v: the job is over after %v", traced, calls)
+			t.Errorf("kind %v: the job is over after %v", k, calls)
 		}
-		if !traced && (len(j.left) != 1 || j.left[0].cpu < 0.01 || j.left[0].peak == 0) {
+		if k != traced && (len(j.left) != 1 || j.left[0].cpu < 0.01 || j.left[0].peak == 0) {
 			t.Errorf("left behind: %+v", j.left)
 		}
 	}
@@ -189,7 +212,7 @@ func TestServiceBesideAJob(t *testing.T) {
 		return err == nil
 	}}
 	b := testBench(t)
-	if _, err := b.job(t.Context(), s, true); err != nil {
+	if _, err := b.job(t.Context(), s, traced); err != nil {
 		t.Fatal(err)
 	}
 	calls := readLog(t, log)
@@ -197,7 +220,7 @@ func TestServiceBesideAJob(t *testing.T) {
 		t.Errorf("calls %q", calls)
 	}
 	s.beside.run = []string{"fails"}
-	if _, err := b.job(t.Context(), s, true); err == nil || !strings.Contains(err.Error(), "[fails] has ended") {
+	if _, err := b.job(t.Context(), s, traced); err == nil || !strings.Contains(err.Error(), "[fails] has ended") {
 		t.Errorf("a service that ends at once: %v", err)
 	}
 }

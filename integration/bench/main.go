@@ -38,6 +38,7 @@ func main() {
 	flag.StringVar(&o.driver, "driver", "", "the libvirt-driver `binary`")
 	flag.StringVar(&o.scripts, "baseline", "", "the `folder` with prepare.sh, run.sh and cleanup.sh")
 	flag.IntVar(&o.rounds, "n", 7, "how many `jobs` of each side count; 0 compares none")
+	flag.IntVar(&o.tail, "tail", 0, "how many `jobs` more of each way, for percentiles")
 	flag.StringVar(&o.virtType, "virt-type", "qemu", "how guests run: `kvm or qemu`")
 	flag.StringVar(&o.markdown, "markdown", "", "write the report to this `file` too, as Markdown")
 	flag.Parse()
@@ -45,8 +46,8 @@ func main() {
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 	}
-	if err != nil || o.driver == "" || o.scripts == "" || o.rounds < 0 || (o.virtType != "qemu" && o.virtType != "kvm") ||
-		o.rounds == 0 && len(o.many) == 0 || flag.NArg() > 0 {
+	if err != nil || o.driver == "" || o.scripts == "" || o.rounds < 0 || o.tail < 0 || (o.virtType != "qemu" && o.virtType != "kvm") ||
+		o.rounds == 0 && o.tail == 0 && len(o.many) == 0 || flag.NArg() > 0 {
 		flag.Usage()
 		os.Exit(2)
 	}
@@ -68,7 +69,7 @@ type options struct {
 	driver, scripts    string
 	ways               []way
 	many               []int
-	rounds             int
+	rounds, tail       int
 	virtType, markdown string
 }
 
@@ -184,21 +185,27 @@ func run(ctx context.Context, out, progress io.Writer, o options) error {
 	}
 	r := &report{title: "The driver's jobs"}
 	var m *measurements
+	sides := []side{{name: "baseline", commands: runner.Scripts(o.scripts), boots: true}}
+	for _, w := range o.ways {
+		sides = append(sides, side{
+			name: w.name, commands: runner.Driver(counted[0], counted[1:]...),
+			image: w.name, boots: w.boots, command: direct, beside: w.beside,
+		})
+	}
 	if o.rounds > 0 {
-		sides := []side{{name: "baseline", commands: runner.Scripts(o.scripts), boots: true}}
-		for _, w := range o.ways {
-			sides = append(sides, side{
-				name: w.name, commands: runner.Driver(counted[0], counted[1:]...),
-				image: w.name, boots: w.boots, command: direct, beside: w.beside,
-			})
-		}
 		if m, err = b.compare(ctx, o.rounds, sides); err != nil {
 			return err
 		}
 		r = m.report()
 	}
 	var failed error // which takes nothing from what was measured before
-	if len(o.many) > 0 {
+	if o.tail > 0 {
+		var t *measurements
+		if t, failed = b.tail(ctx, o.tail, sides); failed == nil {
+			t.addTail(r)
+		}
+	}
+	if len(o.many) > 0 && failed == nil {
 		var c *crowd
 		if c, failed = b.crowds(ctx, tinySide(counted), o.many); failed == nil {
 			r.add("Many jobs at once, of tiny guests that boot (1 vCPU, 256 MiB)", c.table())

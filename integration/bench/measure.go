@@ -97,6 +97,15 @@ type bench struct {
 	jobs     atomic.Int64
 }
 
+// A kind of job says what is made of it.
+type kind int
+
+const (
+	whole  kind = iota // timed, with runs at rest beside it
+	traced             // for its processes and memory, and not timed
+	bare               // timed, and nothing beside it
+)
+
 // compare runs one job of each side that does not count, then n of each, then
 // one of each that is traced. Which side begins goes round, so that what changes
 // on the host while it is measured changes all alike.
@@ -106,23 +115,21 @@ func (b *bench) compare(ctx context.Context, n int, sides []side) (*measurements
 		m.sides = append(m.sides, s.name)
 	}
 	for round := 0; round < n+2; round++ {
-		what, traced := fmt.Sprintf("round %d of %d", round, n), false
+		what, k := fmt.Sprintf("round %d of %d", round, n), whole
 		switch round {
 		case 0:
 			what = "warm-up, not counted"
 		case n + 1:
-			what, traced = "traced, not timed", true
+			what, k = "traced, not timed", traced
 		}
 		for turn := range sides {
 			which := (round + turn) % len(sides)
-			j, err := b.job(ctx, sides[which], traced)
+			j, err := b.tell(ctx, what, sides[which], k)
 			if err != nil {
-				return nil, fmt.Errorf("%s, job of %s: %w", what, sides[which].name, err)
+				return nil, err
 			}
-			fmt.Fprintf(b.progress, "%-20s  %-8s  prepare %6.2f s  run %6.3f s  cleanup %6.3f s  job %6.2f s\n", what, sides[which].name,
-				wall(j.prepare), of(j.runs, wall).median(), wall(j.cleanup), ofCalls(wall, sum)(j))
 			switch {
-			case traced:
+			case k == traced:
 				m.traced[which] = append(m.traced[which], j)
 			case round > 0:
 				m.timed[which] = append(m.timed[which], j)
@@ -130,6 +137,45 @@ func (b *bench) compare(ctx context.Context, n int, sides []side) (*measurements
 		}
 	}
 	return m, nil
+}
+
+// tail runs one job of each of the driver's ways that does not count, then n of
+// each with nothing beside them: so many that those show which are rare.
+func (b *bench) tail(ctx context.Context, n int, sides []side) (*measurements, error) {
+	m := &measurements{timed: make(group, len(sides))}
+	for _, s := range sides {
+		m.sides = append(m.sides, s.name)
+	}
+	for i := range n + 1 {
+		for which, s := range sides {
+			if which == 0 {
+				continue // the baseline
+			}
+			what := fmt.Sprintf("%d of %d", i, n)
+			if i == 0 {
+				what = "warm-up, not counted"
+			}
+			j, err := b.tell(ctx, what, s, bare)
+			if err != nil {
+				return nil, err
+			}
+			if i > 0 {
+				m.timed[which] = append(m.timed[which], j)
+			}
+		}
+	}
+	return m, nil
+}
+
+// tell runs one whole job and says how it went.
+func (b *bench) tell(ctx context.Context, what string, s side, k kind) (*job, error) {
+	j, err := b.job(ctx, s, k)
+	if err != nil {
+		return nil, fmt.Errorf("%s, job of %s: %w", what, s.name, err)
+	}
+	fmt.Fprintf(b.progress, "%-20s  %-8s  prepare %6.2f s  run %6.3f s  cleanup %6.3f s  job %6.2f s\n", what, s.name,
+		wall(j.prepare), of(j.runs, wall).median(), wall(j.cleanup), wallOfJob(j))
+	return j, nil
 }
 
 // executor begins a job.
@@ -147,7 +193,7 @@ func (b *bench) executor(s side, traced bool) (*runner.Executor, error) {
 
 // job runs one whole job. Whatever becomes of it, its machine is removed, and
 // all processes that its calls left behind have ended.
-func (b *bench) job(ctx context.Context, s side, traced bool) (j *job, err error) {
+func (b *bench) job(ctx context.Context, s side, k kind) (j *job, err error) {
 	if err := pause(ctx, b.rest); err != nil {
 		return nil, err
 	}
@@ -169,11 +215,11 @@ func (b *bench) job(ctx context.Context, s side, traced bool) (j *job, err error
 		return nil, err
 	}
 	b.rpc() // what was before is no job's
-	ex, err := b.executor(s, traced)
+	ex, err := b.executor(s, k == traced)
 	if err != nil {
 		return nil, err
 	}
-	err = b.live(ctx, ex, s, j, ready, traced)
+	err = b.live(ctx, ex, s, j, ready, k)
 	if ctx.Err() != nil {
 		err = context.Cause(ctx) // and not what came of the call that this has ended
 	}
@@ -191,7 +237,7 @@ func (b *bench) job(ctx context.Context, s side, traced bool) (j *job, err error
 }
 
 // live makes the job's calls but cleanup.
-func (b *bench) live(ctx context.Context, ex *runner.Executor, s side, j *job, ready func(context.Context) error, traced bool) error {
+func (b *bench) live(ctx context.Context, ex *runner.Executor, s side, j *job, ready func(context.Context) error, k kind) error {
 	if j.config = ex.Config(ctx); j.config.Err != nil {
 		return failure(j.config)
 	}
@@ -211,7 +257,7 @@ func (b *bench) live(ctx context.Context, ex *runner.Executor, s side, j *job, r
 	if err != nil {
 		return err
 	}
-	if j.runs, err = runAll(ctx, ex); err != nil || traced {
+	if j.runs, err = runAll(ctx, ex); err != nil || k != whole {
 		return err
 	}
 	if err := pause(ctx, b.settle); err != nil {

@@ -206,6 +206,12 @@ func (m *measurements) report() *report {
 	return r
 }
 
+// addTail adds what many jobs of each way have shown.
+func (m *measurements) addTail(r *report) {
+	rows := append(m.timed.perCall(wall), m.timed.perJob(wholeRow, wallOfJob), m.timed.perJob("processor time of a whole job", allCPU))
+	r.add(fmt.Sprintf("Percentiles of %d jobs of each way more, in seconds", len(m.timed[len(m.timed)-1])), m.percentiles(rows))
+}
+
 // since is between two times that a job may not have.
 func since(from, to time.Time) float64 {
 	if from.IsZero() || to.IsZero() {
