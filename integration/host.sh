@@ -4,11 +4,12 @@
 # usage: host.sh run [--] COMMAND [ARGUMENT...]
 #        host.sh shell
 #
-# On a bare Debian 12 machine, as root, host.sh installs the packages that are missing, builds the guest images
-# that are missing (images.sh), starts a virtlogd and a libvirtd in network, process and mount namespaces of their
-# own, runs the command (or an interactive shell) beside them, and exits as the command did. Then everything is
-# gone: the namespaces end, and with them whatever ran or was mounted in them. It can be run several times at once,
-# and a libvirt that the machine itself has is neither used nor touched.
+# On a bare Debian 12 machine, as root, host.sh installs the packages that are missing, builds the
+# guest images that are missing (images.sh), starts a virtlogd and a libvirtd in network, process and
+# mount namespaces of their own, runs the command (or an interactive shell) beside them, and exits as
+# the command did. Then everything is gone: the namespaces end, and with them whatever ran or was
+# mounted in them. It can be run several times at once, and a libvirt that the machine itself has is
+# neither used nor touched.
 #
 # The command finds, at libvirt's usual places:
 #   qemu:///system            guests run emulated (<domain type='qemu'>) as Debian's user libvirt-qemu
@@ -19,11 +20,12 @@
 #   tiny-vmlinuz, tiny-initrd   the tiny guest's kernel and initramfs, in the pool's directory
 #   /root/.ssh/id_rsa         the key that lets the guests' user gitlab-runner in
 #   /etc/libvirt-driver       empty
-# These, /run, /var/lib/libvirt, /var/log/libvirt and /var/cache/libvirt are private; the rest of the file system is
-# the machine's. There is no network but that of the guests: fetch what the command needs (go mod download) before.
+# These, /run, /var/lib/libvirt, /var/log/libvirt and /var/cache/libvirt are private; the rest of the
+# file system is the machine's. There is no network but that of the guests: fetch what the command
+# needs (go mod download) before.
 #
-# On SIGTERM the command gets SIGTERM, and SIGKILL 10 s later. LIBVIRT_DRIVER_CACHE moves the images' cache from
-# /var/cache/libvirt-driver.
+# On SIGTERM the command gets SIGTERM, and SIGKILL 10 s later. LIBVIRT_DRIVER_CACHE moves the images'
+# cache from /var/cache/libvirt-driver.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -11,8 +11,8 @@
 # ${LIBVIRT_DRIVER_CACHE:-/var/cache/libvirt-driver}:
 #   debian-HASH/disk.qcow2
 #   tiny-HASH/vmlinuz, tiny-HASH/initrd, tiny-HASH/disk.qcow2
-# HASH is that of the recipe: images/build.sh, images/NAME and the SSH key. An image that is there is not built again.
-# Packages come from where this machine's apt gets Debian's.
+# HASH is that of the recipe: images/build.sh, images/NAME and the SSH key. An image that is there is
+# not built again. Packages come from where this machine's apt gets Debian's.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
