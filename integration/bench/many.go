@@ -20,6 +20,8 @@ type batch struct {
 	jobs []*job // without what is of all of them together
 	left []usage
 	rpc  []rpc
+	// locks is how many were held at a time, at most.
+	locks int
 	// began is before the first call; ended when the last cleanup had returned, gone
 	// when nothing was left.
 	began, ended, gone time.Time
@@ -32,7 +34,7 @@ func (b *bench) several(ctx context.Context, s side, n int, traced bool) (*batch
 	}
 	b.rpc() // what was before is no job's
 	all := &batch{jobs: make([]*job, n), began: time.Now()}
-	errs := make([]error, n)
+	errs, locked := make([]error, n), watchLocks()
 	var working sync.WaitGroup
 	for i := range n {
 		working.Go(func() { all.jobs[i], errs[i] = b.alone(ctx, s, traced) })
@@ -41,7 +43,7 @@ func (b *bench) several(ctx context.Context, s side, n int, traced bool) (*batch
 	all.ended = time.Now()
 	var late error
 	all.left, late = waitForAdopted(context.WithoutCancel(ctx))
-	all.gone = time.Now()
+	all.gone, all.locks = time.Now(), locked()
 	all.rpc = b.rpc()
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
@@ -166,6 +168,7 @@ func (c *crowd) table() table {
 		}
 		return most
 	})
+	line("locks held at a time, at most, a job", oneDigit, perJob(func(a *batch) float64 { return float64(a.locks) }))
 	line("calls to libvirtd a job", oneDigit, perJob(func(a *batch) float64 { return float64(len(a.rpc)) }))
 	for _, p := range procedures(c.timed) {
 		line("  "+p.String(), oneDigit, perJob(func(a *batch) float64 {
