@@ -39,6 +39,17 @@ done
 
 $root /usr/sbin/sshd -T 2>/dev/null </dev/null | awk '{ print "sshd " $0 }' | grep -i -E '^sshd (usedns|gssapiauthentication) yes'
 
+# What is known to make boots slow, and no job needs: docs/how-to/guest-image.md has the figures.
+grep -q -w quiet /proc/cmdline || echo 'costs console'
+case $(uname -r) in
+*cloud* | *virtual* | *kvm*) ;;
+*) [ ! -e /etc/debian_version ] || echo "costs kernel $(uname -r)" ;; # elsewhere there is no other
+esac
+systemctl list-unit-files --no-legend --state=enabled 2>/dev/null </dev/null \
+	cloud-init.service cloud-init-network.service NetworkManager-wait-online.service systemd-networkd-wait-online.service \
+	snapd.service unattended-upgrades.service apt-daily.timer apt-daily-upgrade.timer man-db.timer |
+	awk '{ print "costs unit " $1 }'
+
 answer boot $root systemd-analyze time
 $root systemd-analyze blame --no-pager 2>/dev/null </dev/null | head -n 3 | sed 's/^ */slow /'
 exit 0

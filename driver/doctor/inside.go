@@ -53,6 +53,7 @@ var inside = []struct {
 	{"host keys", patient.hostKeys},
 	{"clock", patient.clock},
 	{"sshd", patient.sshd},
+	{"boot costs", patient.bootCosts},
 	{"boot time", patient.bootTime},
 }
 
@@ -188,6 +189,35 @@ func (p patient) sshd() Finding {
 	}
 	return warning(p.customize("--write", "/etc/ssh/sshd_config.d/00-fast.conf:"+strings.Join(slow, " no\n")+" no\n"),
 		"%s: every login may wait for a name server", strings.Join(slow, " and "))
+}
+
+// bootCosts names what is in the image that makes its boot slow.
+func (p patient) bootCosts() Finding {
+	var costs, units []string
+	for _, line := range p.said["costs"] {
+		switch what, which, _ := strings.Cut(line, " "); what {
+		case "console":
+			costs = append(costs, "a kernel that tells its boot on the console (not quiet)")
+		case "kernel":
+			costs = append(costs, fmt.Sprintf("kernel %s, which is not made for virtual machines", which))
+		case "unit":
+			units = append(units, which)
+		}
+	}
+	for _, line := range p.said["host-key"] {
+		made, file, _ := strings.Cut(line, " ")
+		if strings.HasSuffix(file, "_rsa_key") && !p.older(made) {
+			costs = append(costs, "an RSA host key")
+		}
+	}
+	remedy := ""
+	if len(units) > 0 {
+		remedy = p.customize("--run-command", "systemctl disable "+strings.Join(units, " "))
+	}
+	if costs = append(costs, units...); len(costs) == 0 {
+		return fine("nothing that is known to be slow")
+	}
+	return warning(remedy, "%s: every job waits for it", strings.Join(costs, ", "))
 }
 
 // bootTime says where the time goes, which is for an administrator to judge.
