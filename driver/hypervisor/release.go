@@ -15,8 +15,13 @@ import (
 	"libvirt.org/go/libvirtxml"
 )
 
-// releasing is how long a DHCP server may take to take a lease back.
-const releasing = 5 * time.Second
+// releasing is how often a DHCP server that takes a lease back is waited for,
+// each time for releasePause. What libvirtd takes to answer, or is away for, does
+// not count.
+const (
+	releasing    = 500
+	releasePause = 10 * time.Millisecond
+)
 
 // ReleaseLeases gives a MAC address's IPv4 leases on a network back, for a
 // guest that is gone: left alone they last an hour, and a few hundred jobs
@@ -27,8 +32,6 @@ const releasing = 5 * time.Second
 //
 // https://www.rfc-editor.org/rfc/rfc2131#section-4.4.6
 func (c *Connection) ReleaseLeases(ctx context.Context, network, mac string) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, releasing, fmt.Errorf("still there after %v", releasing))
-	defer cancel()
 	for try := 0; ; try++ {
 		held, servers, err := c.held(ctx, network, mac)
 		if is(err, libvirt.ErrNoNetwork) || errors.Is(err, ErrInactive) || err == nil && len(held) == 0 {
@@ -36,6 +39,9 @@ func (c *Connection) ReleaseLeases(ctx context.Context, network, mac string) err
 		}
 		if err != nil {
 			return wrap(err, "release leases of %s on network %s", mac, network)
+		}
+		if try >= releasing {
+			return wrap(fmt.Errorf("still there after %v", releasing*releasePause), "release lease %s of %s on network %s", held[0].Ipaddr, mac, network)
 		}
 		if try%10 == 0 {
 			for _, lease := range held {
@@ -47,7 +53,7 @@ func (c *Connection) ReleaseLeases(ctx context.Context, network, mac string) err
 		select {
 		case <-ctx.Done():
 			return wrap(context.Cause(ctx), "release lease %s of %s on network %s", held[0].Ipaddr, mac, network)
-		case <-time.After(10 * time.Millisecond):
+		case <-time.After(releasePause):
 		}
 	}
 }
