@@ -94,7 +94,7 @@ func standbyCommand() *cli.Command {
 		Flags:           []cli.Flag{&cli.BoolFlag{Name: "drain", Usage: "remove the machines that stand ready, and exit"}},
 		Action: onHost(func(c *cli.Context, host *driver.Host) error {
 			if !c.Bool("drain") {
-				return newStage(host).KeepStandby(c.Context)
+				return newMaker(host).KeepStandby(c.Context)
 			}
 			n, err := host.Drain(c.Context)
 			fmt.Printf("removed %d machines that stood ready\n", n)

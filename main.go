@@ -156,8 +156,7 @@ func perform(c *cli.Context, environment *gitlab.Environment, log *gitlab.Log, d
 		return err
 	}
 	defer host.Hypervisor.Close()
-	stage := newStage(host)
-	stage.Environment, stage.Stdout, stage.Stderr = environment, os.Stdout, os.Stderr
+	stage := &driver.Stage{Maker: *newMaker(host), Environment: environment, Stdout: os.Stdout, Stderr: os.Stderr}
 	if configured.EarlyCleanup {
 		stage.StartFinisher = driver.StartFinisher
 	}
@@ -203,18 +202,18 @@ func finishCommand() *cli.Command {
 	}
 }
 
-// newStage returns what makes machines on a host.
-func newStage(host *driver.Host) *driver.Stage {
-	stage := &driver.Stage{
+// newMaker returns what makes machines on a host.
+func newMaker(host *driver.Host) *driver.Maker {
+	maker := &driver.Maker{
 		Host: *host,
 		Connect: func(ctx context.Context, target sshexec.Target) (driver.Shell, error) {
 			return sshexec.Dial(ctx, target)
 		},
 	}
 	if host.Settings.KeepConnection {
-		stage.StartKeeper = driver.StartKeeper
+		maker.StartKeeper = driver.StartKeeper
 	}
-	return stage
+	return maker
 }
 
 // newHost returns the host as the settings have it. Nothing is dialled yet.

@@ -29,27 +29,27 @@ var errNoRoom = errors.New("the host has no room for a machine that stands ready
 // others only stand ready. The caller starts the machine and then calls release,
 // so that two never take the same room. A machine that no job waits for is not
 // waited for either.
-func (s *Stage) admit(ctx context.Context, m machine) (release func(), err error) {
-	limit := s.Settings.Timeouts.Turn
+func (mk *Maker) admit(ctx context.Context, m machine) (release func(), err error) {
+	limit := mk.Settings.Timeouts.Turn
 	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("no room after %v (timeouts.turn)", limit))
 	defer cancel()
 	begun := time.Now()
 	var full error
 	for {
-		if m.ahead && s.crowded() {
+		if m.ahead && mk.crowded() {
 			return nil, errNoRoom
 		}
-		lock, err := s.lock(ctx, turn, "other machines, which are let in one by one")
+		lock, err := mk.lock(ctx, turn, "other machines, which are let in one by one")
 		switch {
 		case err != nil && full != nil:
 			return nil, fmt.Errorf("%w: %w", err, full)
 		case err != nil:
 			return nil, err
 		}
-		short, err := s.room(ctx, m)
+		short, err := mk.room(ctx, m)
 		switch {
 		case err == nil && short == nil && full != nil:
-			s.Log.Step("turn", time.Since(begun), "the host has room now")
+			mk.Log.Step("turn", time.Since(begun), "the host has room now")
 			return lock.release, nil
 		case err == nil && short == nil:
 			return lock.release, nil
@@ -61,16 +61,16 @@ func (s *Stage) admit(ctx context.Context, m machine) (release func(), err error
 		if m.ahead {
 			return nil, errNoRoom
 		}
-		if s.makeRoom(ctx) {
+		if mk.makeRoom(ctx) {
 			continue
 		}
 		if full == nil {
-			waiting, err := s.tryLock(m.name + waitingSuffix)
+			waiting, err := mk.tryLock(m.name + waitingSuffix)
 			if err != nil {
 				return nil, err
 			}
 			defer waiting.release()
-			s.Log.Note("waiting for room on the host: %v", short)
+			mk.Log.Note("waiting for room on the host: %v", short)
 		}
 		full = short
 		pause(ctx, recheck)
@@ -82,14 +82,14 @@ func (s *Stage) admit(ctx context.Context, m machine) (release func(), err error
 
 // room returns what the host is short of for the machine to start, or nil. The
 // error is for a host that never will have room, or cannot be asked.
-func (s *Stage) room(ctx context.Context, m machine) (short, err error) {
+func (mk *Maker) room(ctx context.Context, m machine) (short, err error) {
 	size := settings.FormatSize
-	memory, err := s.Hypervisor.Memory(ctx)
+	memory, err := mk.Hypervisor.Memory(ctx)
 	if err != nil {
 		return nil, err
 	}
 	needed := m.image.Memory + Overhead
-	reserved := s.Settings.ReserveMemory
+	reserved := mk.Settings.ReserveMemory
 	switch {
 	case needed+reserved > memory.Total:
 		return nil, fmt.Errorf("the machine needs %s of memory and %s are reserved (reserve_memory), but the host has %s in all",
@@ -101,13 +101,13 @@ func (s *Stage) room(ctx context.Context, m machine) (short, err error) {
 		return fmt.Errorf("%s of its memory are available, this guest needs %s, and %s are reserved",
 			mebibytes(memory.Available), size(needed), size(reserved)), nil
 	}
-	space, err := s.Hypervisor.PoolSpace(ctx, m.image.Pool)
+	space, err := mk.Hypervisor.PoolSpace(ctx, m.image.Pool)
 	if err != nil {
 		return nil, withRemedy(err, m.image.Pool, m.image.Volume)
 	}
-	if space < s.Settings.ReserveDisk {
+	if space < mk.Settings.ReserveDisk {
 		return fmt.Errorf("pool %s has %s left, and %s are reserved (reserve_disk)",
-			m.image.Pool, mebibytes(space), size(s.Settings.ReserveDisk)), nil
+			m.image.Pool, mebibytes(space), size(mk.Settings.ReserveDisk)), nil
 	}
 	return nil, nil
 }

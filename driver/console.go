@@ -17,15 +17,15 @@ const (
 )
 
 // showConsole puts the last that a guest wrote to its console into the job log.
-func (s *Stage) showConsole(machine string) {
-	lines, err := tail(s.consoleLog(machine))
+func (h *Host) showConsole(machine string) {
+	lines, err := tail(h.consoleLog(machine))
 	switch {
 	case err != nil:
 		lines = []string{fmt.Sprintf("(cannot be read: %v)", err)}
 	case len(lines) == 0:
 		lines = []string{"(empty: does the guest have a console on its serial port? Linux: console=ttyS0)"}
 	}
-	s.Log.Section("guest_console", fmt.Sprintf("The last lines of the guest's console (%s)", machine), lines)
+	h.Log.Section("guest_console", fmt.Sprintf("The last lines of the guest's console (%s)", machine), lines)
 }
 
 // tail returns the last lines of a console's log, made harmless.

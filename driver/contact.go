@@ -73,7 +73,7 @@ func (s *Stage) contactPath() string {
 }
 
 // describe writes down whose machine a domain is, and where to find it.
-func (s *Stage) describe(ctx context.Context, m machine, c contact) error {
+func (mk *Maker) describe(ctx context.Context, m machine, c contact) error {
 	metadata, err := m.metadata()
 	if err != nil {
 		return err
@@ -83,7 +83,7 @@ func (s *Stage) describe(ctx context.Context, m machine, c contact) error {
 	if err != nil {
 		return err
 	}
-	return s.Hypervisor.SetMetadata(ctx, m.domain, domainxml.Namespace, domainxml.NamespacePrefix, text)
+	return mk.Hypervisor.SetMetadata(ctx, m.domain, domainxml.Namespace, domainxml.NamespacePrefix, text)
 }
 
 // handOver leaves the contact for the sub-stages: in the job's temporary folder

@@ -302,9 +302,11 @@ func newStageIn(t testing.TB, dir, key string, vars map[string]string) *stage {
 	image.Key = key
 	configured.Images["default"] = image
 	s.Stage = &Stage{
-		Host:        Host{Settings: configured, Hypervisor: s.host, LockDir: s.dir, Log: gitlab.NewLog(&s.log, true), Version: "1.2.3"},
+		Maker: Maker{
+			Host:    Host{Settings: configured, Hypervisor: s.host, LockDir: s.dir, Log: gitlab.NewLog(&s.log, true), Version: "1.2.3"},
+			Connect: func(context.Context, sshexec.Target) (Shell, error) { return &shell{}, nil },
+		},
 		Environment: environment,
-		Connect:     func(context.Context, sshexec.Target) (Shell, error) { return &shell{}, nil },
 	}
 	return s
 }

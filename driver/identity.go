@@ -47,27 +47,27 @@ const identitySuffix = "-identity"
 //
 // They are in a file, and neither in the domain nor on QEMU's command line, as
 // every user of the host can read those.
-func (s *Stage) inject(ctx context.Context, m machine) (path string, err error) {
+func (mk *Maker) inject(ctx context.Context, m machine) (path string, err error) {
 	if m.keys.host == nil {
 		return "", nil
 	}
 	begun := time.Now()
-	volume, err := s.Hypervisor.CreateSecret(ctx, m.image.Pool, m.identity, []byte(provision(m.image, m.keys)))
+	volume, err := mk.Hypervisor.CreateSecret(ctx, m.image.Pool, m.identity, []byte(provision(m.image, m.keys)))
 	if err != nil {
 		return "", fmt.Errorf("hand the guest its keys: %w", err)
 	}
-	s.Log.Step("key", time.Since(begun), "%s, injected", m.keys.host)
+	mk.Log.Step("key", time.Since(begun), "%s, injected", m.keys.host)
 	return volume.Path, nil
 }
 
 // blank overwrites what inject wrote: QEMU has read it, for as long as the
 // machine runs. The file itself stays until cleanup. Without it libvirt, which
 // gave it to QEMU's user, would take back none of the machine's files.
-func (s *Stage) blank(ctx context.Context, m machine) error {
+func (mk *Maker) blank(ctx context.Context, m machine) error {
 	if m.keys.host == nil {
 		return nil
 	}
-	if err := s.Hypervisor.WipeVolume(ctx, m.image.Pool, m.identity); err != nil {
+	if err := mk.Hypervisor.WipeVolume(ctx, m.image.Pool, m.identity); err != nil {
 		return fmt.Errorf("wipe the guest's keys off the host's disk: %w", err)
 	}
 	return nil
@@ -95,7 +95,7 @@ func provision(image settings.Image, k keys) string {
 // credentials returns how to knock at the machine's guest: who logs in, with
 // which key, and which host key to expect, none when the first that is seen is
 // to be taken. Only the address is missing.
-func (s *Stage) credentials(ctx context.Context, m machine) (knock, error) {
+func (mk *Maker) credentials(ctx context.Context, m machine) (knock, error) {
 	k := knock{User: m.image.User, Limit: attempt}
 	switch m.image.HostKey {
 	case settings.HostKeyInjected:
@@ -103,11 +103,11 @@ func (s *Stage) credentials(ctx context.Context, m machine) (knock, error) {
 		return k, nil
 	case settings.HostKeyAgent:
 		begun := time.Now()
-		key, print, err := s.askForKey(ctx, m)
+		key, print, err := mk.askForKey(ctx, m)
 		if err != nil {
 			return k, err
 		}
-		s.Log.Step("key", time.Since(begun), "%s, by the agent", print)
+		mk.Log.Step("key", time.Since(begun), "%s, by the agent", print)
 		k.Own, k.HostKey = m.keys.client.Private(), key
 		return k, nil
 	}
@@ -126,10 +126,10 @@ var hostKeyFiles = []string{
 // askForKey waits until the guest agent has told the guest's host key and has
 // let the driver's key in. The agent's words come by a channel that nobody but
 // the guest can speak on.
-func (s *Stage) askForKey(ctx context.Context, m machine) (key, print string, err error) {
+func (mk *Maker) askForKey(ctx context.Context, m machine) (key, print string, err error) {
 	var last error
 	for try := 0; ; try++ {
-		key, print, err = s.tryAgent(ctx, m)
+		key, print, err = mk.tryAgent(ctx, m)
 		const remedy = `install and enable qemu-guest-agent in the image, and let it execute guest-file-open, ` +
 			`guest-file-read and guest-ssh-add-authorized-keys, or set host_key = "pinned"`
 		switch {
@@ -151,10 +151,10 @@ func (s *Stage) askForKey(ctx context.Context, m machine) (key, print string, er
 
 // tryAgent asks the guest agent once. A file that is not there, or not whole,
 // may be in the making.
-func (s *Stage) tryAgent(ctx context.Context, m machine) (key, print string, err error) {
+func (mk *Maker) tryAgent(ctx context.Context, m machine) (key, print string, err error) {
 	var failures []error
 	for _, file := range hostKeyFiles {
-		text, err := s.Hypervisor.ReadGuestFile(ctx, m.domain, file)
+		text, err := mk.Hypervisor.ReadGuestFile(ctx, m.domain, file)
 		if errors.Is(err, hypervisor.ErrNoAgent) || errors.Is(err, hypervisor.ErrAgentRefuses) || ctx.Err() != nil {
 			return "", "", err
 		}
@@ -162,7 +162,7 @@ func (s *Stage) tryAgent(ctx context.Context, m machine) (key, print string, err
 			key, print, err = sshexec.CheckHostKey(string(text))
 		}
 		if err == nil {
-			return key, print, s.Hypervisor.AuthorizeKey(ctx, m.domain, m.image.User, m.keys.client.Public())
+			return key, print, mk.Hypervisor.AuthorizeKey(ctx, m.domain, m.image.User, m.keys.client.Public())
 		}
 		failures = append(failures, fmt.Errorf("%s: %w", file, err))
 	}

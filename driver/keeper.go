@@ -75,13 +75,13 @@ func pipes() (calls, answers *os.File, theirs []*os.File, err error) {
 
 // startKeeper starts the keeper of the job's machine where the settings want
 // one.
-func (s *Stage) startKeeper(m machine) *Keeper {
-	if s.StartKeeper == nil {
+func (mk *Maker) startKeeper(m machine) *Keeper {
+	if mk.StartKeeper == nil {
 		return nil
 	}
-	keeper, err := s.StartKeeper(s.LockDir, m.domain)
+	keeper, err := mk.StartKeeper(mk.LockDir, m.domain)
 	if err != nil {
-		s.Log.Note("every sub-stage will log in anew: %v", err)
+		mk.Log.Note("every sub-stage will log in anew: %v", err)
 	}
 	return keeper
 }
@@ -245,8 +245,8 @@ func gone(err error) error {
 
 // enterRelay connects to a machine's keeper. A keeper that does not answer at
 // once is as good as none.
-func (s *Stage) enterRelay(ctx context.Context, domain string, c contact) (Shell, error) {
+func (mk *Maker) enterRelay(ctx context.Context, domain string, c contact) (Shell, error) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	return s.Connect(ctx, sshexec.Target{Address: relayPath(s.LockDir, domain), HostKey: c.Relay})
+	return mk.Connect(ctx, sshexec.Target{Address: relayPath(mk.LockDir, domain), HostKey: c.Relay})
 }

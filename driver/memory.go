@@ -55,57 +55,57 @@ func unfit(format string, args ...any) error { return &unfitError{fmt.Errorf(for
 // that is free. m becomes that machine. The error is an unfitError when the
 // machine can be booted instead; then m is as it was, and nothing is left. The
 // caller holds the lock on the machine.
-func (s *Stage) fromMemory(ctx context.Context, m *machine) (_ contact, settle func(bool), err error) {
+func (mk *Maker) fromMemory(ctx context.Context, m *machine) (_ contact, settle func(bool), err error) {
 	fail := func(err error) (contact, func(bool), error) { return contact{}, func(bool) {}, err }
-	if m.image != s.Settings.Images[m.image.Name] {
+	if m.image != mk.Settings.Images[m.image.Name] {
 		return fail(unfit("the job asks for another size than the image's own"))
 	}
 	asking, cancel := context.WithTimeoutCause(ctx, creation, errSlow)
 	defer cancel()
-	if host, err := s.Hypervisor.Capabilities(asking, string(s.Settings.VirtType), m.image.Machine); err != nil {
+	if host, err := mk.Hypervisor.Capabilities(asking, string(mk.Settings.VirtType), m.image.Machine); err != nil {
 		return fail(unfit("%w", err))
 	} else if bootsByUEFI(m.image, host.Arch) {
 		return fail(unfit("UEFI keeps a memory of its own, which is not saved"))
 	}
-	print, err := s.slotPrint(asking, *m)
+	print, err := mk.slotPrint(asking, *m)
 	if err != nil {
 		return fail(unfit("%w", err))
 	}
-	if why := s.refused(print); why != "" {
+	if why := mk.refused(print); why != "" {
 		return fail(unfit("tried within the last hour, in vain: %s", why))
 	}
-	found, hold, err := s.findSlot(asking, print)
+	found, hold, err := mk.findSlot(asking, print)
 	if err != nil {
 		return fail(unfit("look for a saved guest: %w", err))
 	}
 	fresh := found == nil
 	if fresh {
-		s.Log.Note("no saved guest of this image is free: one is made first, which takes a boot")
-		if _, err := s.collectSlots(asking, false); err != nil {
-			s.Log.Note("a saved guest is left behind: %v", err)
+		mk.Log.Note("no saved guest of this image is free: one is made first, which takes a boot")
+		if _, err := mk.collectSlots(asking, false); err != nil {
+			mk.Log.Note("a saved guest is left behind: %v", err)
 		}
-		if found, hold, err = s.makeSlot(ctx, *m, print); err != nil {
-			return fail(s.note(ctx, print, err))
+		if found, hold, err = mk.makeSlot(ctx, *m, print); err != nil {
+			return fail(mk.note(ctx, print, err))
 		}
 	}
 	defer hold.release()
 
 	restored := *m
 	restored.domain, restored.mac, restored.frozen = found.Name, macAddress(found.Name), frozenAs(found.Name)
-	reached, keeper, err := s.restore(ctx, &restored, *found)
+	reached, keeper, err := mk.restore(ctx, &restored, *found)
 	if err == nil {
 		*m = restored
 		return reached, keeper.release, nil
 	}
 	var no *unfitError
 	if errors.As(err, &no) && ctx.Err() == nil {
-		s.showConsole(restored.domain)
-		_, left := s.removeWithin(ctx, m.name, m.job)
-		if err := errors.Join(left, s.unbind(m.name), s.removeSlot(ctx, found.Name)); err != nil {
+		mk.showConsole(restored.domain)
+		_, left := mk.removeWithin(ctx, m.name, m.job)
+		if err := errors.Join(left, mk.unbind(m.name), mk.removeSlot(ctx, found.Name)); err != nil {
 			return fail(fmt.Errorf("%w: and what came of it cannot be removed: %w", no.error, err))
 		}
 		if fresh {
-			err = s.note(ctx, print, err)
+			err = mk.note(ctx, print, err)
 		}
 	}
 	return fail(err)
@@ -113,20 +113,20 @@ func (s *Stage) fromMemory(ctx context.Context, m *machine) (_ contact, settle f
 
 // note records that a slot that was just made, or was to be, is of no use, and
 // returns why.
-func (s *Stage) note(ctx context.Context, print string, err error) error {
+func (mk *Maker) note(ctx context.Context, print string, err error) error {
 	var no *unfitError
 	if errors.As(err, &no) && ctx.Err() == nil {
-		return errors.Join(err, s.refuse(print, no.error))
+		return errors.Join(err, mk.refuse(print, no.error))
 	}
 	return err
 }
 
 // makeSlot boots a guest of the machine's image and saves it. The lock on the
 // slot is the caller's to release.
-func (s *Stage) makeSlot(ctx context.Context, m machine, print string) (_ *slot, _ *held, err error) {
+func (mk *Maker) makeSlot(ctx context.Context, m machine, print string) (_ *slot, _ *held, err error) {
 	made := slot{Name: newOwnName(startMemory), Image: m.image.Name, Pool: m.image.Pool, Network: m.image.Network,
 		Made: time.Now(), Print: print}
-	lock, err := s.tryLock(made.Name)
+	lock, err := mk.tryLock(made.Name)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -136,8 +136,8 @@ func (s *Stage) makeSlot(ctx context.Context, m machine, print string) (_ *slot,
 		}
 		// Where this comes to nothing as well, gc does it, or the next prepare.
 		if ctx.Err() == nil {
-			if left := s.removeSlot(ctx, made.Name); left != nil {
-				s.Log.Note("a saved guest is left behind: %v", left)
+			if left := mk.removeSlot(ctx, made.Name); left != nil {
+				mk.Log.Note("a saved guest is left behind: %v", left)
 			}
 		}
 		lock.release()
@@ -145,7 +145,7 @@ func (s *Stage) makeSlot(ctx context.Context, m machine, print string) (_ *slot,
 
 	m.job, m.name, m.domain, m.mac = gitlab.Job{}, made.Name, made.Name, macAddress(made.Name)
 	m.volume, m.identity, m.frozen = volumeName(made.Name+frozen), identityVolume(made.Name+frozen), frozenAs(made.Name)
-	unkept := *s
+	unkept := *mk
 	unkept.StartKeeper = nil // a connection that is open would be saved, too
 	reached, _, err := unkept.boot(ctx, &m, func() {})
 	if err != nil {
@@ -158,40 +158,40 @@ func (s *Stage) makeSlot(ctx context.Context, m machine, print string) (_ *slot,
 	}
 
 	begun := time.Now()
-	if err := s.makeDoor(ctx, reached.of(m.image)); err != nil {
+	if err := mk.makeDoor(ctx, reached.of(m.image)); err != nil {
 		return nil, nil, unfit("make a door in the guest: %w", err)
 	}
-	s.Log.Step("door", time.Since(begun), "made")
+	mk.Log.Step("door", time.Since(begun), "made")
 	begun = time.Now()
 	saving, cancel := context.WithTimeoutCause(ctx, saving, fmt.Errorf("not saved within %v", saving))
 	defer cancel()
-	state, err := s.Hypervisor.CreateFile(saving, m.image.Pool, stateVolume(made.Name))
+	state, err := mk.Hypervisor.CreateFile(saving, m.image.Pool, stateVolume(made.Name))
 	if err == nil {
 		made.State = state.Path
-		err = s.Hypervisor.SaveDomain(saving, made.Name, state.Path)
+		err = mk.Hypervisor.SaveDomain(saving, made.Name, state.Path)
 	}
 	if err == nil {
-		err = s.Hypervisor.UndefineDomain(saving, made.Name)
+		err = mk.Hypervisor.UndefineDomain(saving, made.Name)
 	}
 	if err == nil {
-		err = s.record(made)
+		err = mk.record(made)
 	}
 	if err != nil {
 		return nil, nil, unfit("save the guest: %w", err)
 	}
-	s.Log.Step("saved", time.Since(begun), "%s", made.Name)
+	mk.Log.Step("saved", time.Since(begun), "%s", made.Name)
 	return &made, lock, nil
 }
 
 // makeDoor puts the door into a guest that is about to be saved.
-func (s *Stage) makeDoor(ctx context.Context, c contact) error {
+func (mk *Maker) makeDoor(ctx context.Context, c contact) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, settling, fmt.Errorf("not done after %v", settling))
 	defer cancel()
 	target, err := knock{Address: c.Address, User: c.User, Key: c.Key, Own: c.Own, HostKey: c.HostKey}.target(sshexec.Keyring{})
 	if err != nil {
 		return err
 	}
-	shell, err := s.Connect(ctx, target)
+	shell, err := mk.Connect(ctx, target)
 	if err != nil {
 		return err
 	}
@@ -206,18 +206,18 @@ func (s *Stage) makeDoor(ctx context.Context, c contact) error {
 
 // restore starts the machine from the slot and gets into its guest. Any failure
 // but that the host has no room is an unfitError.
-func (s *Stage) restore(ctx context.Context, m *machine, from slot) (reached contact, keeper *Keeper, err error) {
-	release, err := s.admit(ctx, *m)
+func (mk *Maker) restore(ctx context.Context, m *machine, from slot) (reached contact, keeper *Keeper, err error) {
+	release, err := mk.admit(ctx, *m)
 	if err != nil {
 		return contact{}, nil, fmt.Errorf("find room for the machine: %w", err)
 	}
-	err = s.thaw(ctx, m, from)
+	err = mk.thaw(ctx, m, from)
 	release()
 	if err != nil {
 		return contact{}, nil, unfit("restore %s: %w", from.Name, err)
 	}
 
-	watched, stop := s.followed(ctx, m.domain, func(state hypervisor.State) bool {
+	watched, stop := mk.followed(ctx, m.domain, func(state hypervisor.State) bool {
 		return state.Kind != hypervisor.Running
 	})
 	defer stop()
@@ -225,12 +225,12 @@ func (s *Stage) restore(ctx context.Context, m *machine, from slot) (reached con
 	if m.keys, err = newKeys(settings.HostKeyInjected); err != nil {
 		return contact{}, nil, err
 	}
-	socket, err := s.Hypervisor.Channel(watched, m.domain, domainxml.Door)
+	socket, err := mk.Hypervisor.Channel(watched, m.domain, domainxml.Door)
 	if err != nil {
 		return contact{}, nil, unfit("%w", err)
 	}
-	keeper = s.startKeeper(*m)
-	reached, err = s.tryShell(watched, keeper, knock{
+	keeper = mk.startKeeper(*m)
+	reached, err = mk.tryShell(watched, keeper, knock{
 		Address: from.Address, User: m.image.User, Own: m.keys.client.Private(), HostKey: from.HostKey, Limit: attempt,
 		Door: &sshexec.Door{Socket: socket, Script: m.identify(from, keeper) + identityScript},
 	})
@@ -241,17 +241,17 @@ func (s *Stage) restore(ctx context.Context, m *machine, from slot) (reached con
 	// The server behind the door has its keys from before the save; the network's
 	// has the new one.
 	reached.Own, reached.HostKey = m.keys.client.Private(), strings.TrimSpace(m.keys.host.Public())
-	s.Log.Step("shell", time.Since(begun), "%s@%s, a machine of its own now", m.image.User, reached.Address)
+	mk.Log.Step("shell", time.Since(begun), "%s@%s, a machine of its own now", m.image.User, reached.Address)
 	return reached, keeper, nil
 }
 
 // thaw makes the machine's disk and restores its domain.
-func (s *Stage) thaw(ctx context.Context, m *machine, from slot) error {
+func (mk *Maker) thaw(ctx context.Context, m *machine, from slot) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, creation, errSlow)
 	defer cancel()
 	begun := time.Now()
 	if from.Reserved {
-		address, err := s.reserve(ctx, *m)
+		address, err := mk.reserve(ctx, *m)
 		if err != nil {
 			return err
 		}
@@ -260,24 +260,24 @@ func (s *Stage) thaw(ctx context.Context, m *machine, from slot) error {
 		}
 		m.address = address
 	}
-	if err := s.bind(m.name, from.Name); err != nil {
+	if err := mk.bind(m.name, from.Name); err != nil {
 		return err
 	}
-	overlay, err := s.Hypervisor.CreateOverlay(ctx, m.volume,
+	overlay, err := mk.Hypervisor.CreateOverlay(ctx, m.volume,
 		hypervisor.Volume{Pool: from.Pool, Name: volumeName(from.Name + frozen), Path: from.Frozen, Capacity: from.Capacity}, "qcow2", 0)
 	if err != nil {
 		return fmt.Errorf("create disk: %w", err)
 	}
 	m.disk.Disk = domainxml.Disk{Path: overlay.Path, Between: from.Frozen, BasePath: from.Base, BaseFormat: string(m.image.Format)}
 	m.provision = from.Identity
-	text, _, err := s.define(ctx, *m)
+	text, _, err := mk.define(ctx, *m)
 	if err != nil {
 		return err
 	}
-	if err := s.Hypervisor.RestoreDomain(ctx, m.domain, from.State, text); err != nil {
+	if err := mk.Hypervisor.RestoreDomain(ctx, m.domain, from.State, text); err != nil {
 		return err
 	}
-	s.Log.Step("machine", time.Since(begun), "restored from memory (%s)", from.Name)
+	mk.Log.Step("machine", time.Since(begun), "restored from memory (%s)", from.Name)
 	return nil
 }
 

@@ -84,19 +84,19 @@ func (s *Stage) obtain(ctx context.Context, m *machine) (_ contact, settle func(
 
 // boot makes a machine and waits until it can be used. started is called when
 // it has been started: from then on the machine needs no lock.
-func (s *Stage) boot(ctx context.Context, m *machine, started func()) (_ contact, settle func(bool), err error) {
+func (mk *Maker) boot(ctx context.Context, m *machine, started func()) (_ contact, settle func(bool), err error) {
 	settle = func(bool) {}
 	if m.keys, err = newKeys(m.image.HostKey); err != nil {
 		return contact{}, settle, err
 	}
-	if err := s.create(ctx, m); err != nil {
+	if err := mk.create(ctx, m); err != nil {
 		return contact{}, settle, err
 	}
 	started()
-	keeper := s.startKeeper(*m)
-	reached, err := s.reach(ctx, *m, keeper)
+	keeper := mk.startKeeper(*m)
+	reached, err := mk.reach(ctx, *m, keeper)
 	if err != nil {
-		s.showConsole(m.domain)
+		mk.showConsole(m.domain)
 	}
 	return reached, keeper.release, err
 }
@@ -120,37 +120,37 @@ func (s *Stage) introduce(m machine) {
 }
 
 // create makes the machine's disk, has an address chosen for it, and starts it.
-func (s *Stage) create(ctx context.Context, m *machine) error {
-	release, err := s.admit(ctx, *m)
+func (mk *Maker) create(ctx context.Context, m *machine) error {
+	release, err := mk.admit(ctx, *m)
 	if err != nil {
 		return fmt.Errorf("find room for the machine: %w", err)
 	}
 	defer release()
 	ctx, cancel := context.WithTimeoutCause(ctx, creation, errSlow)
 	defer cancel()
-	discovered := s.discover(ctx, *m)
+	discovered := mk.discover(ctx, *m)
 	defer discovered()
 	begun := time.Now()
-	if m.disk, err = s.createDisk(ctx, *m); err != nil {
+	if m.disk, err = mk.createDisk(ctx, *m); err != nil {
 		return fmt.Errorf("create disk: %w", err)
 	}
-	s.Log.Step("disk", time.Since(begun), "%s, on %s", settings.FormatSize(m.disk.capacity), m.image.Volume)
+	mk.Log.Step("disk", time.Since(begun), "%s, on %s", settings.FormatSize(m.disk.capacity), m.image.Volume)
 
-	if m.provision, err = s.inject(ctx, *m); err != nil {
+	if m.provision, err = mk.inject(ctx, *m); err != nil {
 		return err
 	}
 	begun = time.Now()
-	if m.address, err = s.reserve(ctx, *m); err != nil {
+	if m.address, err = mk.reserve(ctx, *m); err != nil {
 		return err
 	}
-	host, err := s.startMachine(ctx, *m)
+	host, err := mk.startMachine(ctx, *m)
 	if err != nil {
-		return fmt.Errorf("start machine: %w", errors.Join(err, s.blank(ctx, *m)))
+		return fmt.Errorf("start machine: %w", errors.Join(err, mk.blank(ctx, *m)))
 	}
-	if err := s.blank(ctx, *m); err != nil {
+	if err := mk.blank(ctx, *m); err != nil {
 		return err
 	}
-	s.Log.Step("machine", time.Since(begun), "started, %s %s", host.Arch, accelerated(host.VirtType))
+	mk.Log.Step("machine", time.Since(begun), "started, %s %s", host.Arch, accelerated(host.VirtType))
 	return nil
 }
 
@@ -158,12 +158,12 @@ func (s *Stage) create(ctx context.Context, m *machine) error {
 // libvirt starts the guest, where it is to be found by its lease. It returns how
 // to wait for the end of that. Without it the guest gets its address all the
 // same, only later.
-func (s *Stage) discover(ctx context.Context, m machine) (wait func()) {
+func (mk *Maker) discover(ctx context.Context, m machine) (wait func()) {
 	if !m.image.Address.ByLease() {
 		return func() {}
 	}
 	var asking sync.WaitGroup
-	asking.Go(func() { s.Hypervisor.Discover(ctx, m.image.Network, m.mac) })
+	asking.Go(func() { mk.Hypervisor.Discover(ctx, m.image.Network, m.mac) })
 	return asking.Wait
 }
 
@@ -171,11 +171,11 @@ func (s *Stage) discover(ctx context.Context, m machine) (wait func()) {
 // found by its lease: it goes on to have the address while it is not there. It is
 // found by the lease all the same: where none can be kept, it gets any. The caller
 // is the one whose turn it is, so that two do not choose the same.
-func (s *Stage) reserve(ctx context.Context, m machine) (netip.Addr, error) {
+func (mk *Maker) reserve(ctx context.Context, m machine) (netip.Addr, error) {
 	if !m.image.Address.ByLease() || m.frozen == nil {
 		return netip.Addr{}, nil
 	}
-	address, err := s.Hypervisor.Reserve(ctx, m.image.Network, m.mac)
+	address, err := mk.Hypervisor.Reserve(ctx, m.image.Network, m.mac)
 	if errors.Is(err, hypervisor.ErrUnreservable) {
 		return netip.Addr{}, nil
 	}
@@ -208,8 +208,8 @@ type disk struct {
 }
 
 // createDisk creates the overlay. The base volume is only ever read.
-func (s *Stage) createDisk(ctx context.Context, m machine) (disk, error) {
-	base, err := s.Hypervisor.Volume(ctx, m.image.Pool, m.image.Volume)
+func (mk *Maker) createDisk(ctx context.Context, m machine) (disk, error) {
+	base, err := mk.Hypervisor.Volume(ctx, m.image.Pool, m.image.Volume)
 	if err != nil {
 		return disk{}, withRemedy(err, m.image.Pool, m.image.Volume)
 	}
@@ -221,7 +221,7 @@ func (s *Stage) createDisk(ctx context.Context, m machine) (disk, error) {
 		}
 		return disk{}, fmt.Errorf("setting disk of image %s: %w", m.image.Name, err)
 	}
-	overlay, err := s.Hypervisor.CreateOverlay(ctx, m.volume, base, string(m.image.Format), m.image.Disk)
+	overlay, err := mk.Hypervisor.CreateOverlay(ctx, m.volume, base, string(m.image.Format), m.image.Disk)
 	if err != nil {
 		return disk{}, err
 	}
@@ -258,8 +258,8 @@ func networkRemedy(err, why error, network string) error {
 
 // define defines the machine's domain and returns its XML, and what the host can
 // offer to it.
-func (s *Stage) define(ctx context.Context, m machine) (text string, host hypervisor.Capabilities, err error) {
-	if host, err = s.Hypervisor.Capabilities(ctx, string(s.Settings.VirtType), m.image.Machine); err != nil {
+func (mk *Maker) define(ctx context.Context, m machine) (text string, host hypervisor.Capabilities, err error) {
+	if host, err = mk.Hypervisor.Capabilities(ctx, string(mk.Settings.VirtType), m.image.Machine); err != nil {
 		return "", host, err
 	}
 	metadata, err := m.metadata()
@@ -287,7 +287,7 @@ func (s *Stage) define(ctx context.Context, m machine) (text string, host hyperv
 		Limits: domainxml.Limits{
 			DiskRate: m.image.DiskRate, DiskIOPS: uint64(m.image.DiskIOPS), NetworkRate: m.image.NetworkRate,
 		},
-		ConsoleLog: s.consoleLog(m.domain),
+		ConsoleLog: mk.consoleLog(m.domain),
 		Provision:  m.provision,
 		Frozen:     m.frozen,
 		Metadata:   metadata,
@@ -295,19 +295,19 @@ func (s *Stage) define(ctx context.Context, m machine) (text string, host hyperv
 	if err != nil {
 		return "", host, err
 	}
-	return text, host, s.Hypervisor.DefineDomain(ctx, m.domain, text)
+	return text, host, mk.Hypervisor.DefineDomain(ctx, m.domain, text)
 }
 
 // startMachine defines the domain and starts it.
-func (s *Stage) startMachine(ctx context.Context, m machine) (hypervisor.Capabilities, error) {
-	_, host, err := s.define(ctx, m)
+func (mk *Maker) startMachine(ctx context.Context, m machine) (hypervisor.Capabilities, error) {
+	_, host, err := mk.define(ctx, m)
 	if err != nil {
 		return host, err
 	}
-	err = s.Hypervisor.StartDomain(ctx, m.domain)
+	err = mk.Hypervisor.StartDomain(ctx, m.domain)
 	if err != nil {
 		// Libvirt's error does not tell a network from what else a domain needs.
-		if _, why := s.Hypervisor.KeepsLeases(ctx, m.image.Network); why != nil {
+		if _, why := mk.Hypervisor.KeepsLeases(ctx, m.image.Network); why != nil {
 			err = networkRemedy(err, why, m.image.Network)
 		}
 	}

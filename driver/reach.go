@@ -27,30 +27,30 @@ const (
 )
 
 // reach waits until the new machine answers over SSH, for as long as it runs.
-func (s *Stage) reach(ctx context.Context, m machine, keeper *Keeper) (contact, error) {
-	ctx, stop := s.followed(ctx, m.domain, func(state hypervisor.State) bool {
+func (mk *Maker) reach(ctx context.Context, m machine, keeper *Keeper) (contact, error) {
+	ctx, stop := mk.followed(ctx, m.domain, func(state hypervisor.State) bool {
 		return state.Kind != hypervisor.Running
 	})
 	defer stop()
 	asking, asked := context.WithTimeoutCause(ctx, creation, errSlow)
-	look, pace, err := s.locate(asking, m)
+	look, pace, err := mk.locate(asking, m)
 	asked()
 	if err != nil {
 		return contact{}, fmt.Errorf("find the guest's address: %w", err)
 	}
 	begun := time.Now()
-	address, err := s.waitForAddress(ctx, m, look, pace)
+	address, err := mk.waitForAddress(ctx, m, look, pace)
 	if err != nil {
 		return contact{}, fmt.Errorf("wait for the guest's address: %w", err)
 	}
-	s.Log.Step("address", time.Since(begun), "%s", address)
+	mk.Log.Step("address", time.Since(begun), "%s", address)
 
 	begun = time.Now()
-	reached, err := s.waitForShell(ctx, m, look, keeper)
+	reached, err := mk.waitForShell(ctx, m, look, keeper)
 	if err != nil {
 		return contact{}, fmt.Errorf("wait for the guest's SSH: %w", err)
 	}
-	s.Log.Step("shell", time.Since(begun), "%s@%s", m.image.User, reached.Address)
+	mk.Log.Step("shell", time.Since(begun), "%s@%s", m.image.User, reached.Address)
 	return reached, nil
 }
 
@@ -74,13 +74,13 @@ func (e *guestLost) Error() string {
 // followed returns a context that ends, with a guestLost as its cause, when
 // lost says so of the machine's state. A libvirtd that is away is waited for:
 // what counts then is what the guest itself says.
-func (s *Stage) followed(ctx context.Context, name string, lost func(hypervisor.State) bool) (context.Context, func()) {
+func (h *Host) followed(ctx context.Context, name string, lost func(hypervisor.State) bool) (context.Context, func()) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
 		for ctx.Err() == nil {
-			state, err := s.Hypervisor.Watch(ctx, name, lost)
+			state, err := h.Hypervisor.Watch(ctx, name, lost)
 			if err == nil {
 				cancel(&guestLost{name, state})
 				return
@@ -99,8 +99,8 @@ func (s *Stage) followed(ctx context.Context, name string, lost func(hypervisor.
 type locator func(context.Context) (netip.Addr, error)
 
 // waitForAddress waits until the guest has an address.
-func (s *Stage) waitForAddress(ctx context.Context, m machine, look locator, pace func(try int) time.Duration) (netip.Addr, error) {
-	limit := s.Settings.Timeouts.Address
+func (mk *Maker) waitForAddress(ctx context.Context, m machine, look locator, pace func(try int) time.Duration) (netip.Addr, error) {
+	limit := mk.Settings.Timeouts.Address
 	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("none after %v (timeouts.address)", limit))
 	defer cancel()
 	for try := 0; ; try++ {
@@ -118,18 +118,18 @@ func (s *Stage) waitForAddress(ctx context.Context, m machine, look locator, pac
 // locate returns how to find the guest's address: by the network's leases where
 // it keeps any; elsewhere by what the guest agent says or the host has seen.
 // pace returns the pause after a look that found none.
-func (s *Stage) locate(ctx context.Context, m machine) (look locator, pace func(try int) time.Duration, err error) {
-	keepsLeases, err := s.Hypervisor.KeepsLeases(ctx, m.image.Network)
+func (mk *Maker) locate(ctx context.Context, m machine) (look locator, pace func(try int) time.Duration, err error) {
+	keepsLeases, err := mk.Hypervisor.KeepsLeases(ctx, m.image.Network)
 	if err != nil {
 		return nil, nil, networkRemedy(err, err, m.image.Network)
 	}
 	switch source := m.image.Address; {
 	case source == settings.AddressAgent:
-		return s.ask(m, hypervisor.Agent), backoff, nil
+		return mk.ask(m, hypervisor.Agent), backoff, nil
 	case source == settings.AddressARP:
-		return s.ask(m, hypervisor.ARP), backoff, nil
+		return mk.ask(m, hypervisor.ARP), backoff, nil
 	case source == settings.AddressAuto && !keepsLeases:
-		return s.ask(m, hypervisor.Agent, hypervisor.ARP), backoff, nil
+		return mk.ask(m, hypervisor.Agent, hypervisor.ARP), backoff, nil
 	case !keepsLeases:
 		return nil, nil, fmt.Errorf("network %s hands out no addresses: set address to agent or arp for image %s", m.image.Network, m.image.Name)
 	}
@@ -137,11 +137,11 @@ func (s *Stage) locate(ctx context.Context, m machine) (look locator, pace func(
 	return func(ctx context.Context) (netip.Addr, error) {
 		// No lease does not tell whether the network still runs.
 		if looks++; looks%10 == 0 {
-			if _, err := s.Hypervisor.KeepsLeases(ctx, m.image.Network); err != nil {
+			if _, err := mk.Hypervisor.KeepsLeases(ctx, m.image.Network); err != nil {
 				return netip.Addr{}, networkRemedy(err, err, m.image.Network)
 			}
 		}
-		leases, err := s.Hypervisor.Leases(ctx, m.image.Network, m.mac)
+		leases, err := mk.Hypervisor.Leases(ctx, m.image.Network, m.mac)
 		if err != nil || len(leases) == 0 {
 			return netip.Addr{}, err
 		}
@@ -156,10 +156,10 @@ func leasePace(try int) time.Duration {
 }
 
 // ask returns a locator that asks each source in turn.
-func (s *Stage) ask(m machine, sources ...hypervisor.AddressSource) locator {
+func (mk *Maker) ask(m machine, sources ...hypervisor.AddressSource) locator {
 	return func(ctx context.Context) (netip.Addr, error) {
 		for _, source := range sources {
-			addresses, err := s.Hypervisor.Addresses(ctx, m.domain, m.mac, source)
+			addresses, err := mk.Hypervisor.Addresses(ctx, m.domain, m.mac, source)
 			if err != nil {
 				return netip.Addr{}, err
 			}
@@ -175,11 +175,11 @@ func (s *Stage) ask(m machine, sources ...hypervisor.AddressSource) locator {
 // looks for the address again each time: a guest that asks for one in its boot
 // loader and again later can have two, and an earlier attempt at the same job
 // may have left one.
-func (s *Stage) waitForShell(ctx context.Context, m machine, look locator, keeper *Keeper) (contact, error) {
-	limit := s.Settings.Timeouts.SSH
+func (mk *Maker) waitForShell(ctx context.Context, m machine, look locator, keeper *Keeper) (contact, error) {
+	limit := mk.Settings.Timeouts.SSH
 	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("none after %v (timeouts.ssh)", limit))
 	defer cancel()
-	k, err := s.credentials(ctx, m)
+	k, err := mk.credentials(ctx, m)
 	if err != nil {
 		return contact{}, err
 	}
@@ -191,7 +191,7 @@ func (s *Stage) waitForShell(ctx context.Context, m machine, look locator, keepe
 			return contact{}, err
 		}
 		k.Address = socketAddress(address)
-		reached, err := s.tryShell(ctx, keeper, k)
+		reached, err := mk.tryShell(ctx, keeper, k)
 		switch {
 		case err == nil:
 			reached.Own = k.Own
@@ -225,16 +225,16 @@ var errHopeless = errors.New("no session with this guest is possible")
 
 // tryShell makes one attempt to get a shell: the keeper's, or, without one, for
 // this stage alone.
-func (s *Stage) tryShell(ctx context.Context, keeper *Keeper, k knock) (reached contact, err error) {
+func (mk *Maker) tryShell(ctx context.Context, keeper *Keeper, k knock) (reached contact, err error) {
 	if keeper.works() {
 		reached, err = keeper.knock(ctx, k)
 	} else {
-		reached, err = s.knock(ctx, k)
+		reached, err = mk.knock(ctx, k)
 	}
 	switch {
 	case errors.Is(err, errNoKeeper) && ctx.Err() == nil:
-		s.Log.Note("every sub-stage will log in anew: %v", err)
-		return s.tryShell(ctx, nil, k)
+		mk.Log.Note("every sub-stage will log in anew: %v", err)
+		return mk.tryShell(ctx, nil, k)
 	case err == nil, errors.Is(err, sshexec.ErrUnreachable), errors.Is(err, sshexec.ErrKeyRejected), errors.Is(err, syscall.ECONNREFUSED):
 		return reached, err
 	}
@@ -242,8 +242,8 @@ func (s *Stage) tryShell(ctx context.Context, keeper *Keeper, k knock) (reached 
 }
 
 // knock gets a shell and gives it up again.
-func (s *Stage) knock(ctx context.Context, k knock) (contact, error) {
-	shell, err := k.try(ctx, sshexec.Keyring{}, s.Connect)
+func (mk *Maker) knock(ctx context.Context, k knock) (contact, error) {
+	shell, err := k.try(ctx, sshexec.Keyring{}, mk.Connect)
 	if err != nil {
 		return contact{}, err
 	}

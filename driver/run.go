@@ -104,9 +104,9 @@ func (s *Stage) perform(ctx, watched context.Context, guest Shell, shell string,
 
 // enter opens a connection to the guest that prepare was in: by way of the
 // machine's keeper where there is one.
-func (s *Stage) enter(ctx context.Context, domain string, contact contact) (Shell, error) {
+func (mk *Maker) enter(ctx context.Context, domain string, contact contact) (Shell, error) {
 	if contact.Relay != "" {
-		if shell, err := s.enterRelay(ctx, domain, contact); err == nil {
+		if shell, err := mk.enterRelay(ctx, domain, contact); err == nil {
 			return shell, nil
 		}
 	}
@@ -119,7 +119,7 @@ func (s *Stage) enter(ctx context.Context, domain string, contact contact) (Shel
 		return nil, err
 	}
 	for try := 0; ; try++ {
-		shell, err := s.Connect(ctx, target)
+		shell, err := mk.Connect(ctx, target)
 		switch {
 		case err == nil:
 			return shell, nil

@@ -214,10 +214,10 @@ const ending = 10 * time.Second
 
 // findSlot returns a slot, locked, from which a machine of that fingerprint can
 // start; nil when none is free and none is about to be.
-func (s *Stage) findSlot(ctx context.Context, print string) (*slot, *held, error) {
+func (h *Host) findSlot(ctx context.Context, print string) (*slot, *held, error) {
 	begun := time.Now()
 	for try := 0; ; try++ {
-		slots, err := s.slots()
+		slots, err := h.slots()
 		if err != nil {
 			return nil, nil, err
 		}
@@ -226,15 +226,15 @@ func (s *Stage) findSlot(ctx context.Context, print string) (*slot, *held, error
 			if each.Print != print {
 				continue
 			}
-			lock, free, err := s.hold(ctx, each.Name)
+			lock, free, err := h.hold(ctx, each.Name)
 			if err != nil {
 				return nil, nil, err
 			}
 			if !free {
-				soon = soon || s.isEnding(ctx, each.Name)
+				soon = soon || h.isEnding(ctx, each.Name)
 				continue
 			}
-			if _, err := os.Stat(s.slotPath(each.Name)); err == nil { // not removed meanwhile
+			if _, err := os.Stat(h.slotPath(each.Name)); err == nil { // not removed meanwhile
 				return &each, lock, nil
 			}
 			lock.release()
@@ -247,13 +247,13 @@ func (s *Stage) findSlot(ctx context.Context, print string) (*slot, *held, error
 }
 
 // isEnding reports whether the machine that started from a slot is being removed.
-func (s *Stage) isEnding(ctx context.Context, name string) bool {
-	text, _, err := s.Hypervisor.Metadata(ctx, name, domainxml.Namespace)
+func (h *Host) isEnding(ctx context.Context, name string) bool {
+	text, _, err := h.Hypervisor.Metadata(ctx, name, domainxml.Namespace)
 	if err != nil {
 		return false
 	}
 	metadata, _ := domainxml.ParseMetadata(text)
-	return metadata.Machine != "" && s.isOver(metadata.Machine)
+	return metadata.Machine != "" && h.isOver(metadata.Machine)
 }
 
 // removeSlot removes a slot that the caller has locked, or what there is of it.

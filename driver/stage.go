@@ -30,16 +30,21 @@ type Host struct {
 	Version string
 }
 
-// Stage is one call of the driver by GitLab Runner; or what makes machines that
-// stand ready, as a stage would, and has no Environment.
-type Stage struct {
+// Maker makes machines on a host and gets into their guests: for a stage, or so
+// that they stand ready.
+type Maker struct {
 	Host
-	Environment *gitlab.Environment
 	// Connect opens an SSH session to a guest.
 	Connect func(context.Context, sshexec.Target) (Shell, error)
 	// StartKeeper starts the process that keeps the connection to a machine; see
 	// [StartKeeper]. Without it every sub-stage makes a connection of its own.
 	StartKeeper func(dir, machine string) (*Keeper, error)
+}
+
+// Stage is one call of the driver by GitLab Runner.
+type Stage struct {
+	Maker
+	Environment *gitlab.Environment
 	// StartFinisher starts the process that removes a machine after its cleanup;
 	// see [StartFinisher]. Without it cleanup does that itself.
 	StartFinisher func(h *Host, machine string, lock *os.File) error

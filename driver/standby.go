@@ -33,7 +33,7 @@ const (
 // service is the standby service at work: it keeps as many machines ready as
 // the settings ask for.
 type service struct {
-	*Stage
+	*Maker
 	slots  chan struct{} // bounds how many machines boot at a time
 	making sync.WaitGroup
 
@@ -52,8 +52,8 @@ const standbyLock = "standby"
 // KeepStandby is the standby service's whole life. It returns when ctx ends;
 // machines that stand ready then go on doing so, for jobs to take and for the
 // next service to look after.
-func (s *Stage) KeepStandby(ctx context.Context) error {
-	lock, err := s.tryLock(standbyLock)
+func (mk *Maker) KeepStandby(ctx context.Context) error {
+	lock, err := mk.tryLock(standbyLock)
 	if errors.Is(err, errLocked) {
 		return errors.New("another standby service runs on this host")
 	}
@@ -62,7 +62,7 @@ func (s *Stage) KeepStandby(ctx context.Context) error {
 	}
 	defer lock.release()
 	service := &service{
-		Stage:    s,
+		Maker:    mk,
 		slots:    make(chan struct{}, max(1, runtime.NumCPU()/4)),
 		expected: map[string]uint{},
 		retry:    map[string]time.Time{},
@@ -71,7 +71,7 @@ func (s *Stage) KeepStandby(ctx context.Context) error {
 	defer service.making.Wait()
 	for ctx.Err() == nil {
 		if err := service.attend(ctx); err != nil && ctx.Err() == nil {
-			s.Log.Note("%v", err)
+			mk.Log.Note("%v", err)
 		}
 		pause(ctx, attend)
 	}
@@ -256,7 +256,7 @@ func (s *service) stand(ctx context.Context, image settings.Image) (string, erro
 		return "", err
 	}
 	defer lock.release()
-	quiet := *s.Stage
+	quiet := *s.Maker
 	quiet.Log = gitlab.NewLog(io.Discard, true)
 	contact, settle, err := quiet.boot(ctx, &m, func() {})
 	if err == nil {

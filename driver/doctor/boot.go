@@ -116,18 +116,20 @@ func (v *visit) begin() error {
 	host := v.host()
 	host.Settings, host.Hypervisor, host.Log = &configured, &v.watch, gitlab.NewLog(&v.log, true)
 	v.stage = &driver.Stage{
-		Host:        host,
-		Environment: environment,
-		Connect: func(ctx context.Context, target sshexec.Target) (driver.Shell, error) {
-			shell, err := v.Connect(ctx, target)
-			if err == nil && v.watch.shell.IsZero() {
-				v.watch.shell = time.Now()
-			}
-			return shell, err
+		Maker: driver.Maker{
+			Host: host,
+			Connect: func(ctx context.Context, target sshexec.Target) (driver.Shell, error) {
+				shell, err := v.Connect(ctx, target)
+				if err == nil && v.watch.shell.IsZero() {
+					v.watch.shell = time.Now()
+				}
+				return shell, err
+			},
 		},
-		Stdout: &v.out,
-		Stderr: &v.out,
-		Owner:  os.Getpid(),
+		Environment: environment,
+		Stdout:      &v.out,
+		Stderr:      &v.out,
+		Owner:       os.Getpid(),
 	}
 	return nil
 }
