@@ -87,6 +87,20 @@ func (s *Stage) plan() (machine, error) {
 		owner: cmp.Or(s.Owner, os.Getppid())}, nil
 }
 
+// metadata returns whose machine it is, for the domain to carry.
+func (m machine) metadata() (domainxml.Metadata, error) {
+	owner, err := process(m.owner)
+	metadata := domainxml.Metadata{
+		Job: m.job.ID, Project: m.job.Project, Runner: m.job.Runner, JobURL: m.job.URL,
+		Image: m.image.Name, Pool: m.image.Pool, Volume: m.volume, Network: m.image.Network,
+		Created: m.made, Owner: owner.String(), Start: startOf(m.domain),
+	}
+	if m.domain != m.name {
+		metadata.Machine = m.name
+	}
+	return metadata, err
+}
+
 // field returns which part of its machine's size a job cannot have.
 func field(err error) string {
 	var limit *settings.LimitError

@@ -1,0 +1,31 @@
+package driver
+
+import (
+	"context"
+
+	"libvirt-driver/sshexec"
+)
+
+// Maker makes machines on a host and gets into their guests: for a stage, or so
+// that they stand ready.
+type Maker struct {
+	Host
+	// Connect opens an SSH session to a guest.
+	Connect func(context.Context, sshexec.Target) (Shell, error)
+	// StartKeeper starts the process that keeps the connection to a machine; see
+	// [StartKeeper]. Without it every sub-stage makes a connection of its own.
+	StartKeeper func(dir, machine string) (*Keeper, error)
+}
+
+// Shell is what the stages need of a guest. [sshexec.Client] has it.
+type Shell interface {
+	// HostKey returns the key that the guest showed, in authorized_keys format.
+	HostKey() string
+	// Ping opens a session and ends it.
+	Ping(context.Context) error
+	// Run runs a script to its end.
+	Run(context.Context, sshexec.Command) error
+	// Abort ends a Run at once: the guest is known to be lost, and why.
+	Abort(error)
+	Close() error
+}
