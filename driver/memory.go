@@ -18,7 +18,7 @@ import (
 )
 
 // An image with start = "memory" has its machines start from a guest that was
-// saved with its shell up: a slot, see slots.go. What is restored has the slot's
+// saved with its shell up: a slot, see slot.go. What is restored has the slot's
 // name, MAC address and address, a disk of the job's own on the slot's, and an
 // identity of its own before the job gets in. This file is how a slot is made,
 // and how a machine starts from one.
@@ -109,16 +109,6 @@ func (mk *Maker) fromMemory(ctx context.Context, m *machine) (_ contact, settle 
 		}
 	}
 	return fail(err)
-}
-
-// note records that a slot that was just made, or was to be, is of no use, and
-// returns why.
-func (mk *Maker) note(ctx context.Context, print string, err error) error {
-	var no *unfitError
-	if errors.As(err, &no) && ctx.Err() == nil {
-		return errors.Join(err, mk.refuse(print, no.error))
-	}
-	return err
 }
 
 // makeSlot boots a guest of the machine's image and saves it. The lock on the
