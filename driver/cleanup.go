@@ -128,10 +128,12 @@ func (l *leftover) final() bool {
 	return errors.Is(l.err, errForeign) || errors.Is(l.err, hypervisor.ErrInactive) || errors.Is(l.err, fs.ErrPermission)
 }
 
-// report says what is left and why; cause is what ended the attempts, if
-// something did.
+// report says what is left and why, if anything is; cause is what ended the
+// attempts, if something did.
 func (l *leftover) report(cause error) error {
 	switch {
+	case l.err == nil:
+		return nil
 	case errors.Is(l.err, hypervisor.ErrUnreachable), errors.Is(l.err, fs.ErrPermission):
 		return l.err // nobody knows what is left
 	case cause != nil && !errors.Is(l.err, cause):
@@ -140,9 +142,7 @@ func (l *leftover) report(cause error) error {
 	return fmt.Errorf("left behind: %s: %w", strings.Join(l.things, ", "), l.err)
 }
 
-// remove makes one attempt to remove a job's machine. The domain's definition
-// goes last: it names the volume, so that an attempt cut short is not the last
-// that knows of it.
+// remove makes one attempt to remove a job's machine.
 func (h *Host) remove(ctx context.Context, name string, job gitlab.Job) (found bool, left leftover) {
 	domain, err := h.domainOf(name)
 	if err != nil {
@@ -154,32 +154,36 @@ func (h *Host) remove(ctx context.Context, name string, job gitlab.Job) (found b
 		left.add(err, "domain %s", domain)
 		return found, left
 	}
-	pools, networks, own := h.Settings.Pools(), h.Settings.Networks(), ""
+	metadata, _ := domainxml.ParseMetadata(text)
 	if found {
-		metadata, _ := domainxml.ParseMetadata(text)
 		if !owned(text, domain, job) {
 			left.add(fmt.Errorf("domain %s %w: remove it with virsh undefine --nvram %[1]s", domain, errForeign), "domain %s", domain)
 			return found, left
 		}
-		// What the settings said when the machine was made still counts.
-		pools, networks, own = with(pools, metadata.Pool), with(networks, metadata.Network), metadata.Pool
 		if err := h.Hypervisor.DestroyDomain(ctx, domain); err != nil {
 			left.add(err, "domain %s", domain)
 			return found, left
 		}
 	}
-	left.add(h.endKeeper(ctx, domain), "the process that keeps its connection")
-	// The DHCP server takes its time, and nothing else waits for it.
-	if startOf(domain) == startMemory {
-		networks = nil // the address stays the slot's
+	if startOf(domain) != startMemory { // or else the address stays the slot's
+		defer h.releaseLeases(ctx, with(h.Settings.Networks(), metadata.Network), macAddress(domain))()
 	}
-	released := h.releaseLeases(ctx, networks, macAddress(domain))
-	defer released()
 	volumes := []string{volumeName(name), identityVolume(name)}
 	if domain != name {
 		volumes = append(volumes, volumeName(domain), identityVolume(domain))
 	}
-	for _, pool := range pools {
+	some := h.tearDown(ctx, domain, metadata.Pool, volumes, &left)
+	return found || some, left
+}
+
+// tearDown makes one attempt to remove what there is of a domain that does not
+// run, and reports whether there was a volume. own is the pool that has its
+// volumes, as far as is known: what the settings said when it was made still
+// counts. The domain's definition goes last: it names the volume, so that an
+// attempt cut short is not the last that knows of it.
+func (h *Host) tearDown(ctx context.Context, domain, own string, volumes []string, left *leftover) (found bool) {
+	left.add(h.endKeeper(ctx, domain), "the process that keeps its connection")
+	for _, pool := range with(h.Settings.Pools(), own) {
 		for _, volume := range volumes {
 			some, err := h.Hypervisor.DeleteVolume(ctx, pool, volume)
 			found = found || some
@@ -195,12 +199,13 @@ func (h *Host) remove(ctx context.Context, name string, job gitlab.Job) (found b
 		left.add(h.Hypervisor.UndefineDomain(ctx, domain), "domain %s", domain)
 	}
 	left.add(h.removeLogs(domain), "logs in %s", h.Settings.LogDir)
-	return found, left
+	return found
 }
 
 // releaseLeases gives a MAC address's leases back while the caller goes on, and
-// returns how to wait for the end of that. A lease that cannot be given back is
-// no failure: it ends by itself.
+// returns how to wait for the end of that: the DHCP server takes its time, and
+// nothing else waits for it. A lease that cannot be given back is no failure: it
+// ends by itself.
 func (h *Host) releaseLeases(ctx context.Context, networks []string, mac string) (wait func()) {
 	var releasing sync.WaitGroup
 	notes := make(chan error, len(networks))

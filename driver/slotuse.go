@@ -139,19 +139,12 @@ func (h *Host) removeSlot(ctx context.Context, name string) error {
 	if err := h.Hypervisor.DestroyDomain(ctx, name); err != nil {
 		return err
 	}
-	left := []error{h.endKeeper(ctx, name)}
+	var left leftover
 	networks := with(h.Settings.Networks(), known.Network)
-	released := h.releaseLeases(ctx, networks, macAddress(name))
-	defer released()
+	defer h.releaseLeases(ctx, networks, macAddress(name))()
 	for _, network := range networks {
-		left = append(left, h.Hypervisor.Unreserve(ctx, network, macAddress(name)))
+		left.add(h.Hypervisor.Unreserve(ctx, network, macAddress(name)), "its address on network %s", network)
 	}
-	for _, pool := range with(h.Settings.Pools(), known.Pool) {
-		for _, volume := range slotVolumes(name) {
-			if _, err := h.Hypervisor.DeleteVolume(ctx, pool, volume); err != nil && !errors.Is(err, hypervisor.ErrInactive) {
-				left = append(left, err)
-			}
-		}
-	}
-	return errors.Join(append(left, h.Hypervisor.UndefineDomain(ctx, name), h.removeLogs(name))...)
+	h.tearDown(ctx, name, known.Pool, slotVolumes(name), &left)
+	return left.report(nil)
 }
