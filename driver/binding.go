@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"strings"
 )
 
 // A domain that was made before its job was known has a name of its own, as
@@ -98,4 +99,28 @@ func (h *Host) domainOf(machine string) (string, error) {
 		return "", fmt.Errorf("read which domain the machine %s is: %s: not a name that the driver gives: %q", machine, path, b.Domain)
 	}
 	return b.Domain, nil
+}
+
+// machinesOf returns the machines whose record says that they are a domain. The
+// error tells of records that cannot be read, and may say so, too.
+func (h *Host) machinesOf(domain string) (machines []string, err error) {
+	records, err := filepath.Glob(h.bindingPath("*"))
+	failures := []error{err}
+	for _, record := range records {
+		machine := strings.TrimSuffix(filepath.Base(record), bindingSuffix)
+		bound, err := h.domainOf(machine)
+		if bound == domain {
+			machines = append(machines, machine)
+		}
+		failures = append(failures, err)
+	}
+	return machines, errors.Join(failures...)
+}
+
+// isBound reports whether a domain that was made before its job is a job's by
+// now. A machine that stood ready a moment ago still does, is being removed, or
+// is a job's.
+func (h *Host) isBound(domain string) bool {
+	machines, err := h.machinesOf(domain)
+	return err != nil || len(machines) > 0 // who cannot be read may be anyone's
 }

@@ -8,7 +8,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"time"
 
 	"libvirt-driver/driver/hypervisor"
@@ -130,15 +129,3 @@ func (h *Host) isReady(domain string) bool {
 // takeBack takes a machine that stands ready out of everyone's reach, and
 // reports whether nobody was faster.
 func (h *Host) takeBack(domain string) bool { return os.Remove(h.readyPath(domain)) == nil }
-
-// isBound reports whether a domain that was made before its job is a job's by
-// now. A machine that stood ready a moment ago still does, is being removed, or
-// is a job's.
-func (h *Host) isBound(domain string) bool {
-	files, _ := filepath.Glob(h.bindingPath("*"))
-	return slices.ContainsFunc(files, func(file string) bool {
-		machine, _ := strings.CutSuffix(filepath.Base(file), bindingSuffix)
-		bound, err := h.domainOf(machine)
-		return err != nil || bound == domain // who cannot be read may be anyone's
-	})
-}

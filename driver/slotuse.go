@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"os"
-	"path/filepath"
-	"strings"
 	"time"
 
 	"libvirt-driver/domainxml"
@@ -47,15 +45,8 @@ func (h *Host) unused(ctx context.Context, name string) (bool, error) {
 		metadata, err := domainxml.ParseMetadata(text)
 		return err == nil && metadata.Start == startMemory && metadata.Machine == "", nil
 	}
-	bindings, err := filepath.Glob(h.bindingPath("*"))
-	if err != nil {
-		return false, err
-	}
-	for _, path := range bindings {
-		machine := strings.TrimSuffix(filepath.Base(path), filepath.Ext(path))
-		if domain, err := h.domainOf(machine); err != nil || domain != name {
-			continue // whoever works on that machine will say what is wrong
-		}
+	machines, _ := h.machinesOf(name) // whoever works on one that cannot be read will say so
+	for _, machine := range machines {
 		lock, err := h.tryLock(machine)
 		if errors.Is(err, errLocked) {
 			return false, nil // it is being removed
@@ -63,7 +54,7 @@ func (h *Host) unused(ctx context.Context, name string) (bool, error) {
 		if err != nil {
 			return false, err
 		}
-		err = gone(os.Remove(path))
+		err = h.unbind(machine)
 		lock.release()
 		if err != nil {
 			return false, err
