@@ -10,7 +10,6 @@ import (
 	"os/exec"
 	"slices"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -21,33 +20,15 @@ import (
 // service is a standby service at work.
 type service struct {
 	cmd    *exec.Cmd
-	stderr *lockedBuffer
+	stderr bytes.Buffer // to be read when the service has ended
 	done   chan struct{}
-}
-
-// lockedBuffer is written by one goroutine while another reads.
-type lockedBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *lockedBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *lockedBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
 }
 
 // serve starts a standby service, which ends with the test at the latest.
 func serve(t *testing.T, s settings) *service {
 	t.Helper()
-	v := &service{cmd: exec.Command(binary, "--config", string(s), "standby"), stderr: &lockedBuffer{}, done: make(chan struct{})}
-	v.cmd.Stderr = v.stderr
+	v := &service{cmd: exec.Command(binary, "--config", string(s), "standby"), done: make(chan struct{})}
+	v.cmd.Stderr = &v.stderr
 	if err := v.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -58,7 +39,7 @@ func serve(t *testing.T, s settings) *service {
 	t.Cleanup(func() {
 		v.stop(t, syscall.SIGTERM)
 		if t.Failed() {
-			t.Logf("the service said:\n%s", v.stderr)
+			t.Logf("the service said:\n%s", v.stderr.String())
 		}
 	})
 	return v
@@ -72,6 +53,7 @@ func (v *service) stop(t *testing.T, sig syscall.Signal) {
 	case <-v.done:
 	case <-time.After(30 * time.Second):
 		v.cmd.Process.Kill()
+		<-v.done
 		t.Errorf("the service goes on after %v", sig)
 	}
 }
