@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"os"
+	"slices"
 	"time"
 
 	"libvirt-driver/domainxml"
@@ -81,12 +82,13 @@ func (h *Host) findSlot(ctx context.Context, print string) (*slot, *held, error)
 			if each.Print != print {
 				continue
 			}
+			ending := h.isEnding(each.Name) // first: it may have come to its end when it is not free
 			lock, free, err := h.hold(ctx, each.Name)
 			if err != nil {
 				return nil, nil, err
 			}
 			if !free {
-				soon = soon || h.isEnding(ctx, each.Name)
+				soon = soon || ending
 				continue
 			}
 			if _, err := os.Stat(h.slotPath(each.Name)); err == nil { // not removed meanwhile
@@ -102,13 +104,9 @@ func (h *Host) findSlot(ctx context.Context, print string) (*slot, *held, error)
 }
 
 // isEnding reports whether the machine that started from a slot is being removed.
-func (h *Host) isEnding(ctx context.Context, name string) bool {
-	text, _, err := h.Hypervisor.Metadata(ctx, name, domainxml.Namespace)
-	if err != nil {
-		return false
-	}
-	metadata, _ := domainxml.ParseMetadata(text)
-	return metadata.Machine != "" && h.isOver(metadata.Machine)
+func (h *Host) isEnding(name string) bool {
+	machines, _ := h.machinesOf(name)
+	return slices.ContainsFunc(machines, h.isOver)
 }
 
 // removeSlot removes a slot that the caller has locked, or what there is of it.
