@@ -93,6 +93,9 @@ func TestARecordThatCannotBeReadIsNotPassedOver(t *testing.T) {
 		if domain, err := s.domainOf(machineName); err == nil {
 			t.Errorf("%q is taken for %s", doc, domain)
 		}
+		if !s.isBound(ownName) {
+			t.Errorf("nobody's, although there is a record %q", doc)
+		}
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -36,6 +37,7 @@ type host struct {
 	memory   hypervisor.Memory
 	space    uint64
 	lent     netip.Addr // to every guest
+	kept     netip.Addr // for every guest that one is kept for
 }
 
 func newHost() *host {
@@ -48,6 +50,7 @@ func newHost() *host {
 		memory:   hypervisor.Memory{Total: 16 << 30, Available: 16 << 30},
 		space:    100 << 30,
 		lent:     netip.MustParseAddr("192.0.2.7"),
+		kept:     netip.MustParseAddr("192.0.2.7"),
 	}
 }
 
@@ -88,7 +91,9 @@ func (h *host) PoolSpace(context.Context, string) (uint64, error) {
 }
 
 func (h *host) Volume(_ context.Context, pool, name string) (hypervisor.Volume, error) {
+	h.mu.Lock()
 	capacity, ok := h.volumes[pool+"/"+name]
+	h.mu.Unlock()
 	if !ok {
 		return hypervisor.Volume{}, hypervisor.ErrNotFound
 	}
@@ -97,7 +102,7 @@ func (h *host) Volume(_ context.Context, pool, name string) (hypervisor.Volume, 
 
 func (h *host) CreateOverlay(_ context.Context, name string, base hypervisor.Volume, format string, capacity uint64) (hypervisor.Volume, error) {
 	v := hypervisor.Volume{Pool: base.Pool, Name: name, Path: "/" + base.Pool + "/" + name, Capacity: max(capacity, base.Capacity)}
-	h.volumes[base.Pool+"/"+name] = v.Capacity
+	h.addVolume(base.Pool, name, v.Capacity)
 	return v, h.note("CreateOverlay", name, format, capacity)
 }
 
@@ -106,7 +111,7 @@ func (h *host) Versions(context.Context) (hypervisor.Versions, error) {
 }
 
 func (h *host) CreateFile(_ context.Context, pool, name string) (hypervisor.Volume, error) {
-	h.volumes[pool+"/"+name] = 0
+	h.addVolume(pool, name, 0)
 	return hypervisor.Volume{Pool: pool, Name: name, Path: "/" + pool + "/" + name}, h.note("CreateFile", pool, name)
 }
 
@@ -126,32 +131,55 @@ func (h *host) DeleteVolume(_ context.Context, pool, name string) (bool, error) 
 	if err := h.note("DeleteVolume", pool, name); err != nil {
 		return false, err
 	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
 	_, found := h.volumes[pool+"/"+name]
 	delete(h.volumes, pool+"/"+name)
 	return found, nil
 }
 
 func (h *host) Volumes(_ context.Context, pool string) ([]hypervisor.Volume, error) {
+	err := h.note("Volumes", pool)
+	h.mu.Lock()
+	defer h.mu.Unlock()
 	var volumes []hypervisor.Volume
 	for path := range h.volumes {
 		if p, name, _ := strings.Cut(path, "/"); p == pool {
 			volumes = append(volumes, hypervisor.Volume{Pool: p, Name: name, Allocation: 1 << 20, Modified: h.modified})
 		}
 	}
-	return volumes, h.note("Volumes", pool)
+	return volumes, err
+}
+
+func (h *host) addVolume(pool, name string, capacity uint64) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.volumes[pool+"/"+name] = capacity
 }
 
 func (h *host) Domains(context.Context, string) ([]hypervisor.Domain, error) {
+	err := h.note("Domains")
+	h.mu.Lock()
+	defer h.mu.Unlock()
 	var domains []hypervisor.Domain
 	for name, metadata := range h.domains {
 		domains = append(domains, hypervisor.Domain{Name: name, State: h.state, Metadata: metadata})
 	}
-	return domains, h.note("Domains")
+	return domains, err
 }
 
 func (h *host) DefineDomain(_ context.Context, name, xml string) error {
-	h.domains[name] = xml
+	h.describe(name, metadataOf.FindStringSubmatch(xml)[1])
 	return h.note("DefineDomain", name)
+}
+
+// metadataOf finds a domain's metadata in its XML.
+var metadataOf = regexp.MustCompile(`(?s)<metadata>(.*)</metadata>`)
+
+func (h *host) describe(name, metadata string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.domains[name] = metadata
 }
 
 func (h *host) StartDomain(_ context.Context, name string) error { return h.note("StartDomain", name) }
@@ -164,23 +192,35 @@ func (h *host) DestroyDomain(_ context.Context, name string) error {
 }
 
 func (h *host) UndefineDomain(_ context.Context, name string) error {
+	h.mu.Lock()
 	delete(h.domains, name)
+	h.mu.Unlock()
 	return h.note("UndefineDomain", name)
 }
 
 func (h *host) Metadata(_ context.Context, name, _ string) (string, bool, error) {
+	err := h.note("Metadata", name)
+	h.mu.Lock()
+	defer h.mu.Unlock()
 	text, found := h.domains[name]
-	return text, found, h.note("Metadata", name)
+	return text, found, err
 }
 
 func (h *host) SetMetadata(_ context.Context, name, _, _, text string) error {
-	h.domains[name] = text
+	h.describe(name, text)
 	return h.note("SetMetadata", name)
 }
 
 func (h *host) Close() {}
 
-func (h *host) State(context.Context, string) (hypervisor.State, error) { return h.state, nil }
+func (h *host) State(_ context.Context, name string) (hypervisor.State, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if _, found := h.domains[name]; !found {
+		return hypervisor.State{Kind: hypervisor.Gone}, nil
+	}
+	return h.state, nil
+}
 
 func (h *host) Watch(ctx context.Context, _ string, done func(hypervisor.State) bool) (hypervisor.State, error) {
 	select {
@@ -201,7 +241,7 @@ func (h *host) Discover(_ context.Context, network, mac string) error {
 }
 
 func (h *host) Reserve(_ context.Context, network, mac string) (netip.Addr, error) {
-	return netip.MustParseAddr("192.0.2.7"), h.note("Reserve", network, mac)
+	return h.kept, h.note("Reserve", network, mac)
 }
 
 func (h *host) Unreserve(_ context.Context, network, mac string) error {
@@ -223,7 +263,7 @@ func (h *host) Addresses(context.Context, string, string, hypervisor.AddressSour
 }
 
 func (h *host) CreateSecret(_ context.Context, pool, name string, content []byte) (hypervisor.Volume, error) {
-	h.volumes[pool+"/"+name] = uint64(len(content))
+	h.addVolume(pool, name, uint64(len(content)))
 	return hypervisor.Volume{Pool: pool, Name: name, Path: "/" + pool + "/" + name}, h.note("CreateSecret", pool, name, string(content))
 }
 
