@@ -34,8 +34,8 @@ const (
 // the settings ask for.
 type service struct {
 	*Maker
-	slots  chan struct{} // bounds how many machines boot at a time
-	making sync.WaitGroup
+	booting chan struct{} // bounds how many machines boot at a time
+	making  sync.WaitGroup
 
 	mu sync.Mutex
 	// expected are the machines in the making, by image; retry and patience say
@@ -63,7 +63,7 @@ func (mk *Maker) KeepStandby(ctx context.Context) error {
 	defer lock.release()
 	service := &service{
 		Maker:    mk,
-		slots:    make(chan struct{}, max(1, runtime.NumCPU()/4)),
+		booting:  make(chan struct{}, max(1, runtime.NumCPU()/4)),
 		expected: map[string]uint{},
 		retry:    map[string]time.Time{},
 		patience: map[string]time.Duration{},
@@ -219,8 +219,8 @@ func (s *service) replace(ctx context.Context, image settings.Image) {
 		s.expected[image.Name]--
 	}()
 	select {
-	case s.slots <- struct{}{}:
-		defer func() { <-s.slots }()
+	case s.booting <- struct{}{}:
+		defer func() { <-s.booting }()
 	case <-ctx.Done():
 		return
 	}
