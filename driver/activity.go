@@ -72,7 +72,7 @@ func (h *Host) forget(machine string) error {
 	var left []error
 	for _, record := range []string{
 		h.bindingPath(machine), h.bindingPath(machine) + half, h.readyPath(machine) + half,
-		h.activity(machine), h.lockPath(machine + waitingSuffix),
+		h.activity(machine), h.lockPath(machine + waitingSuffix), h.lockPath(machine + arrivalSuffix),
 	} {
 		left = append(left, gone(os.Remove(record)))
 	}

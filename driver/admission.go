@@ -4,8 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"time"
 
@@ -26,9 +26,10 @@ const (
 var errNoRoom = errors.New("the host has no room for a machine that stands ready")
 
 // admit waits until the host has room for the machine, and makes room where
-// others only stand ready. The caller starts the machine and then calls release,
-// so that two never take the same room. A machine that no job waits for is not
-// waited for either.
+// others only stand ready. The machine counts from then on, so that two never take
+// the same room; the caller starts it, and then calls release, when it counts
+// because it runs. Others are let in meanwhile. A machine that no job waits for is
+// not waited for either.
 func (mk *Maker) admit(ctx context.Context, m machine) (release func(), err error) {
 	limit := mk.Settings.Timeouts.Turn
 	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("no room after %v (timeouts.turn)", limit))
@@ -47,16 +48,18 @@ func (mk *Maker) admit(ctx context.Context, m machine) (release func(), err erro
 			return nil, err
 		}
 		short, err := mk.room(ctx, m)
-		switch {
-		case err == nil && short == nil && full != nil:
-			mk.Log.Step("turn", time.Since(begun), "the host has room now")
-			return lock.release, nil
-		case err == nil && short == nil:
-			return lock.release, nil
+		if err == nil && short == nil {
+			release, err = mk.arrive(ctx, m)
 		}
 		lock.release()
-		if err != nil {
+		switch {
+		case err != nil:
 			return nil, err
+		case short == nil && full != nil:
+			mk.Log.Step("turn", time.Since(begun), "the host has room now")
+			return release, nil
+		case short == nil:
+			return release, nil
 		}
 		if m.ahead {
 			return nil, errNoRoom
@@ -65,7 +68,7 @@ func (mk *Maker) admit(ctx context.Context, m machine) (release func(), err erro
 			continue
 		}
 		if full == nil {
-			waiting, err := mk.tryLock(m.name + waitingSuffix)
+			waiting, err := mk.lock(ctx, m.name+waitingSuffix, "who looks whether machines wait")
 			if err != nil {
 				return nil, err
 			}
@@ -90,13 +93,19 @@ func (mk *Maker) room(ctx context.Context, m machine) (short, err error) {
 	}
 	needed := m.image.Memory + Overhead
 	reserved := mk.Settings.ReserveMemory
+	arriving, guests := mk.arriving(memory.Guests), uint64(0)
+	for _, most := range memory.Guests {
+		guests += most
+	}
+	guests += arriving
+	memory.Available -= min(memory.Available, arriving)
 	switch {
 	case needed+reserved > memory.Total:
 		return nil, fmt.Errorf("the machine needs %s of memory and %s are reserved (reserve_memory), but the host has %s in all",
 			size(needed), size(reserved), mebibytes(memory.Total))
-	case memory.Guests+needed+reserved > memory.Total:
+	case guests+needed+reserved > memory.Total:
 		return fmt.Errorf("guests may take %s of its %s of memory, this one needs %s, and %s are reserved",
-			mebibytes(memory.Guests), mebibytes(memory.Total), size(needed), size(reserved)), nil
+			mebibytes(guests), mebibytes(memory.Total), size(needed), size(reserved)), nil
 	case needed+reserved > memory.Available:
 		return fmt.Errorf("%s of its memory are available, this guest needs %s, and %s are reserved",
 			mebibytes(memory.Available), size(needed), size(reserved)), nil
@@ -112,20 +121,62 @@ func (mk *Maker) room(ctx context.Context, m machine) (short, err error) {
 	return nil, nil
 }
 
-// waitingSuffix is what the name of the lock has more than the machine's that
-// waits for room.
-const waitingSuffix = ".turn"
+// What the name of a lock has more than the machine's that waits for room, and
+// that has been let in and does not run yet.
+const (
+	waitingSuffix = ".turn"
+	arrivalSuffix = ".arrival"
+)
+
+// arrive has the machine count as one that will run until release is called, or
+// this process ends. The caller is the one whose turn it is.
+func (mk *Maker) arrive(ctx context.Context, m machine) (release func(), err error) {
+	lock, err := mk.lock(ctx, m.name+arrivalSuffix, "who looks which machines arrive")
+	if err != nil {
+		return nil, err
+	}
+	if _, err := fmt.Fprintln(lock.file, m.domain, m.image.Memory); err != nil {
+		lock.release()
+		return nil, fmt.Errorf("record the machine's size: %w", err)
+	}
+	return lock.release, nil
+}
+
+// arriving returns how much memory machines will take that have been let in and
+// are not among those that run. The caller is the one whose turn it is.
+func (h *Host) arriving(running map[string]uint64) (memory uint64) {
+	for _, machine := range h.lockedWith(arrivalSuffix) {
+		text, err := os.ReadFile(h.lockPath(machine + arrivalSuffix))
+		if err != nil {
+			continue // it has arrived
+		}
+		var domain string
+		var size uint64
+		fmt.Sscan(string(text), &domain, &size)
+		if _, runs := running[domain]; !runs {
+			memory += size
+		}
+	}
+	return memory
+}
 
 // crowded reports whether machines wait for room.
-func (h *Host) crowded() bool {
-	locks, _ := filepath.Glob(h.lockPath("*" + waitingSuffix))
-	return slices.ContainsFunc(locks, func(path string) bool {
-		lock, err := h.tryLock(strings.TrimSuffix(filepath.Base(path), lockSuffix))
-		if err == nil {
+func (h *Host) crowded() bool { return len(h.lockedWith(waitingSuffix)) > 0 }
+
+// lockedWith returns the names of which, with a suffix, someone holds the lock.
+func (h *Host) lockedWith(suffix string) (names []string) {
+	paths, _ := filepath.Glob(h.lockPath("*" + suffix))
+	for _, path := range paths {
+		name := strings.TrimSuffix(filepath.Base(path), lockSuffix)
+		lock, err := h.tryLock(name)
+		switch {
+		case err == nil:
 			lock.release() // of one that was killed
+		case errors.Is(err, errLocked):
+			names = append(names, strings.TrimSuffix(name, suffix))
 		}
-		return errors.Is(err, errLocked)
-	})
+	}
+	return names
 }
 
 // makeRoom removes the oldest machine that stands ready, and reports whether

@@ -91,8 +91,7 @@ func (mk *Maker) discover(ctx context.Context, m machine) (wait func()) {
 
 // reserve has the network keep an address for a guest that is saved, and is to be
 // found by its lease: it goes on to have the address while it is not there. It is
-// found by the lease all the same: where none can be kept, it gets any. The caller
-// is the one whose turn it is, so that two do not choose the same.
+// found by the lease all the same: where none can be kept, it gets any.
 func (mk *Maker) reserve(ctx context.Context, m machine) (netip.Addr, error) {
 	if !m.image.Address.ByLease() || m.frozen == nil {
 		return netip.Addr{}, nil

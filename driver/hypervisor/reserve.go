@@ -49,7 +49,7 @@ func (c *Connection) Reserve(ctx context.Context, network, mac string) (netip.Ad
 			}
 			err = r.update(rpc, n, libvirt.NetworkUpdateCommandAddLast)
 			// Someone else may have been faster.
-			if !is(err, libvirt.ErrOperationInvalid) || try == 2 {
+			if !is(err, libvirt.ErrOperationInvalid) || try == 9 {
 				return err
 			}
 		}

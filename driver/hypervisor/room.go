@@ -13,9 +13,9 @@ import (
 type Memory struct {
 	// Total is what the host has.
 	Total uint64
-	// Guests is what the domains that run may take, whether they have taken it
-	// yet or not.
-	Guests uint64
+	// Guests is what each domain that runs may take, by name, whether it has taken
+	// it yet or not.
+	Guests map[string]uint64
 	// Available is what is free or holds only caches.
 	Available uint64
 }
@@ -27,7 +27,7 @@ func (c *Connection) Memory(ctx context.Context) (Memory, error) {
 	const kib = 1024
 	var m Memory
 	err := c.do(ctx, func(rpc *libvirt.Libvirt) error {
-		m = Memory{}
+		m = Memory{Guests: map[string]uint64{}}
 		// How many fields there are is the answer to asking for none.
 		const allCells = -1
 		_, fields, err := rpc.NodeGetMemoryStats(0, allCells, 0)
@@ -58,7 +58,7 @@ func (c *Connection) Memory(ctx context.Context) (Memory, error) {
 			if err != nil {
 				return err
 			}
-			m.Guests += most * kib
+			m.Guests[domain.Name] = most * kib
 		}
 		return nil
 	})
