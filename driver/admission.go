@@ -35,17 +35,20 @@ func (mk *Maker) admit(ctx context.Context, m machine) (release func(), err erro
 	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("no room after %v (timeouts.turn)", limit))
 	defer cancel()
 	begun := time.Now()
-	var full error
+	var full error // what the host was short of, at the last look
+	fail := func(err error) (func(), error) {
+		if full != nil && ctx.Err() != nil {
+			err = fmt.Errorf("%w: %w", err, full)
+		}
+		return nil, err
+	}
 	for {
 		if m.ahead && mk.crowded() {
 			return nil, errNoRoom
 		}
 		lock, err := mk.lock(ctx, turn, "other machines, which are let in one by one")
-		switch {
-		case err != nil && full != nil:
-			return nil, fmt.Errorf("%w: %w", err, full)
-		case err != nil:
-			return nil, err
+		if err != nil {
+			return fail(err)
 		}
 		short, err := mk.room(ctx, m)
 		if err == nil && short == nil {
@@ -54,7 +57,7 @@ func (mk *Maker) admit(ctx context.Context, m machine) (release func(), err erro
 		lock.release()
 		switch {
 		case err != nil:
-			return nil, err
+			return fail(err)
 		case short == nil && full != nil:
 			mk.Log.Step("turn", time.Since(begun), "the host has room now")
 			return release, nil
@@ -78,7 +81,7 @@ func (mk *Maker) admit(ctx context.Context, m machine) (release func(), err erro
 		full = short
 		pause(ctx, recheck)
 		if ctx.Err() != nil {
-			return nil, fmt.Errorf("%w: %w", context.Cause(ctx), full)
+			return fail(context.Cause(ctx))
 		}
 	}
 }
