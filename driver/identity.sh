@@ -24,8 +24,12 @@ reseed() {
 }
 
 identity() {
-	date -s "@$clock" || date -s "@${clock%.*}" || shut 'the clock cannot be set' # first: it goes on meanwhile
-	reseed || shut 'the kernel was not seeded anew'
+	# Right after the restore an emulated guest takes a tenth of a second or more to start a program. So two go on by
+	# themselves, and what follows starts none where it can do without.
+	{ date -s "@$clock" || date -s "@${clock%.*}"; } &
+	setting=$! # first: the clock goes on meanwhile
+	reseed &
+	seeding=$!
 
 	echo "$name" >/proc/sys/kernel/hostname
 	echo "$name" >/etc/hostname
@@ -38,19 +42,29 @@ identity() {
 		fi
 	done
 
-	rm -f /etc/ssh/ssh_host_*_key /etc/ssh/ssh_host_*_key.pub
-	(umask 077 && echo "$host_private" >/etc/ssh/ssh_host_ed25519_key) || shut 'the host key cannot be written'
+	for file in /etc/ssh/ssh_host_*_key /etc/ssh/ssh_host_*_key.pub; do
+		case $file in
+		*/ssh_host_ed25519_key | */ssh_host_ed25519_key.pub) [ ! -L "$file" ] || rm -f "$file" ;;
+		*) [ ! -e "$file" ] || rm -f "$file" ;;
+		esac
+	done
 	echo "$host_public" >/etc/ssh/ssh_host_ed25519_key.pub
+	mask=$(umask)
+	umask 077
+	echo "$host_private" >/etc/ssh/ssh_host_ed25519_key || shut 'the host key cannot be written'
 	eval "home=~$user"
 	keys=$home/.ssh/authorized_keys
 	[ -d "$home/.ssh" ] || { mkdir -m 700 "$home/.ssh" && chown "$user:" "$home/.ssh"; }
-	[ -f "$keys" ] || { (umask 077 && : >"$keys") && chown "$user:" "$keys"; }
+	[ -f "$keys" ] || { : >"$keys" && chown "$user:" "$keys"; }
+	umask "$mask"
 	kept=
 	while read -r line; do
 		[ "$line" = "$made" ] || kept="$kept$line
 "
 	done <"$keys"
 	echo "$kept$authorized" >"$keys" || shut "$keys cannot be written"
+	wait "$setting" || shut 'the clock cannot be set'
+	wait "$seeding" || shut 'the kernel was not seeded anew'
 	network 3>&- &
 }
 
