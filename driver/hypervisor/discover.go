@@ -18,9 +18,14 @@ import (
 // once. Nothing of that is kept, and a server that does otherwise is only asked
 // once more. A network that lends no addresses by IPv4 is not asked.
 //
+// It asks as a relay does that has the server's own address, so that the offer
+// goes there, where nobody takes it, and not to the guests' bridge. There
+// libvirt's network filters would learn the guest's address from it, which the
+// guest need not get in the end, and drop all that it sends from another.
+//
 // Nothing tells whether the server has heard it.
 //
-// https://www.rfc-editor.org/rfc/rfc2131#section-4.4.1
+// https://www.rfc-editor.org/rfc/rfc2131#section-4.1
 func (c *Connection) Discover(ctx context.Context, network, mac string) error {
 	var text string
 	err := c.do(ctx, func(rpc *libvirt.Libvirt) error {
@@ -52,7 +57,7 @@ func discover(ctx context.Context, text, mac string) error {
 		if err != nil || !server.Addr().Is4() || ip.DHCP == nil || len(lent(ip.DHCP)) == 0 {
 			continue
 		}
-		message, err := dhcpv4.NewDiscovery(hardware)
+		message, err := dhcpv4.NewDiscovery(hardware, dhcpv4.WithRelay(server.Addr().AsSlice()))
 		if err != nil {
 			return err
 		}
