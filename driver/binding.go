@@ -7,7 +7,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"regexp"
 	"strings"
 )
 
@@ -25,13 +24,16 @@ const (
 	startMemory  = "memory"
 )
 
-// ownForm is the form of the name of a domain that was made before its job.
-var ownForm = regexp.MustCompile(`^libvirt-driver-(` + startStandby + `|` + startMemory + `)-[0-9a-f]{12}$`)
+// ownPrefix is what the name of such a domain begins with: see [newOwnName].
+const ownPrefix = "libvirt-driver-"
 
-// startOf returns the way in which a domain was made before its job, or nothing.
+// startOf returns the way in which a domain was made before its job, or nothing
+// where its name is not like those of [newOwnName].
 func startOf(domain string) string {
-	if m := ownForm.FindStringSubmatch(domain); m != nil {
-		return m[1]
+	name, ours := strings.CutPrefix(domain, ownPrefix)
+	way, random, _ := strings.Cut(name, "-")
+	if ours && (way == startStandby || way == startMemory) && len(random) == 12 && strings.Trim(random, "0123456789abcdef") == "" {
+		return way
 	}
 	return ""
 }

@@ -300,5 +300,5 @@ func (h *Host) discard(ctx context.Context, domain string) error {
 func newOwnName(start string) string {
 	var random [6]byte
 	rand.Read(random[:])
-	return "libvirt-driver-" + start + "-" + hex.EncodeToString(random[:])
+	return ownPrefix + start + "-" + hex.EncodeToString(random[:])
 }

@@ -10,6 +10,7 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 
 	"libvirt-driver/driver/settings"
@@ -102,7 +103,9 @@ func (d *Doctor) checkJobs(context.Context, string) Finding {
 	return fine("%d (concurrent in %s)", n, runnerConfig)
 }
 
-var concurrentSyntax = regexp.MustCompile(`^\s*concurrent\s*=\s*([0-9]{1,6})\s*(?:#.*)?$`)
+var concurrentSyntax = sync.OnceValue(func() *regexp.Regexp {
+	return regexp.MustCompile(`^\s*concurrent\s*=\s*([0-9]{1,6})\s*(?:#.*)?$`)
+})
 
 // concurrent returns what a runner's configuration says before its first table.
 func concurrent(doc string) (n int, ok bool) {
@@ -111,7 +114,7 @@ func concurrent(doc string) (n int, ok bool) {
 		if strings.HasPrefix(strings.TrimSpace(line), "[") {
 			break
 		}
-		if m := concurrentSyntax.FindStringSubmatch(line); m != nil {
+		if m := concurrentSyntax().FindStringSubmatch(line); m != nil {
 			n, err := strconv.Atoi(m[1])
 			return n, err == nil && n > 0
 		}

@@ -5,6 +5,7 @@ import (
 	"os"
 	"regexp"
 	"strings"
+	"sync"
 
 	"libvirt-driver/driver/settings"
 )
@@ -41,12 +42,12 @@ func script(commands ...string) string {
 	return strings.Join(commands, " &&\n")
 }
 
-var plain = regexp.MustCompile(`^[A-Za-z0-9_@%+=:,./-]+$`)
+var plain = sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(`^[A-Za-z0-9_@%+=:,./-]+$`) })
 
 // quote writes a word so that bash takes it as it is.
 func quote(word string) string {
 	switch {
-	case plain.MatchString(word):
+	case plain().MatchString(word):
 		return word
 	case !strings.Contains(word, "'"):
 		return "'" + word + "'"

@@ -5,6 +5,7 @@ import (
 	"io"
 	"regexp"
 	"strings"
+	"sync"
 	"time"
 	"unicode"
 )
@@ -80,7 +81,9 @@ func (l *Log) Section(name, title string, lines []string) {
 
 // escapes are the control sequences of terminals: CSI, OSC and the like, and
 // single characters after ESC.
-var escapes = regexp.MustCompile(`\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])`)
+var escapes = sync.OnceValue(func() *regexp.Regexp {
+	return regexp.MustCompile(`\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])`)
+})
 
 // Harmless returns text with everything removed that a terminal or GitLab's job
 // log could take for more than text: control sequences, and with them colours
@@ -91,7 +94,10 @@ var escapes = regexp.MustCompile(`\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b]
 // See https://docs.gitlab.com/ci/jobs/job_logs/#custom-collapsible-sections for
 // the marks: each ends in a carriage return and a control sequence.
 func Harmless(text string) string {
-	text = escapes.ReplaceAllString(strings.ToValidUTF8(text, "?"), "")
+	text = strings.ToValidUTF8(text, "?")
+	if strings.Contains(text, "\x1b") {
+		text = escapes().ReplaceAllString(text, "")
+	}
 	lines := strings.Split(text, "\n")
 	for i, line := range lines {
 		line = strings.TrimRight(line, "\r")

@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"maps"
 	"path"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -339,10 +338,10 @@ func guestPath(s string) string {
 	return absPath(s)
 }
 
-var drive = regexp.MustCompile(`^[A-Za-z]:[\\/]`)
-
 // hasDrive reports whether s is an absolute path on Windows.
-func hasDrive(s string) bool { return drive.MatchString(s) }
+func hasDrive(s string) bool {
+	return len(s) >= 3 && made(s[:1], letters) && s[1] == ':' && made(s[2:3], `\/`)
+}
 
 // objectName allows what libvirt and a file system take as a name.
 func objectName(s string) string {
@@ -359,23 +358,31 @@ func objectName(s string) string {
 	return oneLine(s)
 }
 
-// Lengths are checked apart from these expressions: every stage compiles them,
-// and a count in one makes it many times as large.
-var (
-	modelSyntax = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._+-]*$`)
-	userSyntax  = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_.-]*$`)
-	imageSyntax = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9._:/-]*[A-Za-z0-9._-])?$`)
+// The characters of names.
+const (
+	letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+	digits  = "0123456789"
 )
 
+// made reports whether s is made of these characters alone.
+func made(s, characters string) bool { return strings.Trim(s, characters) == "" }
+
+func imageName(s string) string {
+	if s == "" || len(s) > 63 || !made(s[:1], letters+digits) || !made(s, letters+digits+"._-:/") || made(s[len(s)-1:], ":/") {
+		return "is not a name for an image"
+	}
+	return ""
+}
+
 func modelName(s string) string {
-	if len(s) > 64 || !modelSyntax.MatchString(s) {
+	if s == "" || len(s) > 64 || !made(s[:1], letters+digits) || !made(s, letters+digits+"._+-") {
 		return "is not a name"
 	}
 	return ""
 }
 
 func userName(s string) string {
-	if len(s) > 32 || !userSyntax.MatchString(s) {
+	if s == "" || len(s) > 32 || !made(s[:1], letters+"_") || !made(s, letters+digits+"_.-") {
 		return "is not a user name"
 	}
 	return ""

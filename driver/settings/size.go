@@ -7,6 +7,7 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"sync"
 
 	"github.com/dustin/go-humanize"
 )
@@ -130,8 +131,11 @@ func (i Image) resize(field, want string, most uint64) (uint64, error) {
 }
 
 // sizeSyntax is deliberately narrower than what go-humanize reads: that drops
-// commas, so that "2,5 GiB" would be 25 GiB.
-var sizeSyntax = regexp.MustCompile(`^([0-9]+(?:\.[0-9]+)?) *([KMGTPEkmgtpe]?[Ii]?[Bb]?)$`)
+// commas, so that "2,5 GiB" would be 25 GiB. It is compiled when it is needed, as
+// every expression is: most calls need none.
+var sizeSyntax = sync.OnceValue(func() *regexp.Regexp {
+	return regexp.MustCompile(`^([0-9]+(?:\.[0-9]+)?) *([KMGTPEkmgtpe]?[Ii]?[Bb]?)$`)
+})
 
 // parseSize returns the bytes that text stands for, [math.MaxUint64] if they
 // are too many to count. A bare number is MiB. Units mean what they do to
@@ -139,7 +143,7 @@ var sizeSyntax = regexp.MustCompile(`^([0-9]+(?:\.[0-9]+)?) *([KMGTPEkmgtpe]?[Ii
 // KB, MB, GB and TB are powers of 1000.
 // See https://libvirt.org/formatdomain.html#memory-allocation.
 func parseSize(text string) (size uint64, ok bool) {
-	m := sizeSyntax.FindStringSubmatch(text)
+	m := sizeSyntax().FindStringSubmatch(text)
 	if m == nil {
 		return 0, false
 	}
