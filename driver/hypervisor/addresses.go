@@ -29,11 +29,7 @@ type Lease struct {
 // https://libvirt.org/html/libvirt-libvirt-network.html#virNetworkGetDHCPLeases
 func (c *Connection) Leases(ctx context.Context, network, mac string) ([]Lease, error) {
 	var reply []libvirt.NetworkDhcpLease
-	err := c.do(ctx, func(rpc *libvirt.Libvirt) error {
-		n, err := rpc.NetworkLookupByName(network)
-		if err != nil {
-			return err
-		}
+	err := c.network(ctx, network, func(rpc *libvirt.Libvirt, n libvirt.Network) (err error) {
 		reply, _, err = rpc.NetworkGetDhcpLeases(n, libvirt.OptString{mac}, 1, 0)
 		if err != nil || len(reply) == 0 {
 			return err
@@ -74,6 +70,29 @@ func leases(reply []libvirt.NetworkDhcpLease, now time.Time) []Lease {
 		return cmp.Compare(b.Expiry.Unix(), a.Expiry.Unix())
 	})
 	return found
+}
+
+// network makes a call about a network. Which one has the name is asked once, and
+// again when that one is gone: a look for a lease is half as many calls by that.
+func (c *Connection) network(ctx context.Context, name string, call func(*libvirt.Libvirt, libvirt.Network) error) error {
+	return c.do(ctx, func(rpc *libvirt.Libvirt) error {
+		c.mu.Lock()
+		n, known := c.networks[name]
+		c.mu.Unlock()
+		if known {
+			if err := call(rpc, n); !is(err, libvirt.ErrNoNetwork) {
+				return err
+			}
+		}
+		n, err := rpc.NetworkLookupByName(name)
+		if err != nil {
+			return err
+		}
+		c.mu.Lock()
+		c.networks[name] = n
+		c.mu.Unlock()
+		return call(rpc, n)
+	})
 }
 
 // usable returns the address that text is, and whether a guest can be reached
@@ -171,11 +190,7 @@ func neighbours(table, mac string) []netip.Addr {
 // https://libvirt.org/formatnetwork.html#addressing
 func (c *Connection) KeepsLeases(ctx context.Context, network string) (bool, error) {
 	var text string
-	err := c.do(ctx, func(rpc *libvirt.Libvirt) error {
-		n, err := rpc.NetworkLookupByName(network)
-		if err != nil {
-			return err
-		}
+	err := c.network(ctx, network, func(rpc *libvirt.Libvirt, n libvirt.Network) error {
 		active, err := rpc.NetworkIsActive(n)
 		if err != nil {
 			return err

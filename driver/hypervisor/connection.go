@@ -71,9 +71,10 @@ type Connection struct {
 
 	dialling chan struct{} // holds a token while a call makes the session
 
-	mu      sync.Mutex
-	current *session
-	told    bool // that libvirtd is away
+	mu       sync.Mutex
+	current  *session
+	told     bool                       // that libvirtd is away
+	networks map[string]libvirt.Network // by their names, as they were last looked up
 }
 
 // session is one connection of Connection's life.
@@ -87,7 +88,7 @@ type session struct {
 // the first of Sockets that exists or, for "qemu:///session", of the user's own.
 // Nothing is dialled yet.
 func New(uri, path string) *Connection {
-	return &Connection{uri: uri, socket: path, grace: Grace, dialling: make(chan struct{}, 1)}
+	return &Connection{uri: uri, socket: path, grace: Grace, dialling: make(chan struct{}, 1), networks: map[string]libvirt.Network{}}
 }
 
 // Close closes the connection, at once: libvirtd needs no farewell.

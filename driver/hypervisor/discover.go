@@ -28,11 +28,7 @@ import (
 // https://www.rfc-editor.org/rfc/rfc2131#section-4.1
 func (c *Connection) Discover(ctx context.Context, network, mac string) error {
 	var text string
-	err := c.do(ctx, func(rpc *libvirt.Libvirt) error {
-		n, err := rpc.NetworkLookupByName(network)
-		if err != nil {
-			return err
-		}
+	err := c.network(ctx, network, func(rpc *libvirt.Libvirt, n libvirt.Network) (err error) {
 		text, err = rpc.NetworkGetXMLDesc(n, 0)
 		return err
 	})

@@ -209,11 +209,7 @@ func number(a netip.Addr) uint32 {
 func (c *Connection) Network(ctx context.Context, name string) (Network, error) {
 	var network Network
 	var now, later string
-	err := c.do(ctx, func(rpc *libvirt.Libvirt) error {
-		n, err := rpc.NetworkLookupByName(name)
-		if err != nil {
-			return err
-		}
+	err := c.network(ctx, name, func(rpc *libvirt.Libvirt, n libvirt.Network) error {
 		active, err := rpc.NetworkIsActive(n)
 		if err != nil {
 			return err

@@ -62,11 +62,7 @@ func (c *Connection) ReleaseLeases(ctx context.Context, network, mac string) err
 func (c *Connection) held(ctx context.Context, network, mac string) (held []libvirt.NetworkDhcpLease, servers []netip.Prefix, err error) {
 	var text string
 	var reply []libvirt.NetworkDhcpLease
-	err = c.do(ctx, func(rpc *libvirt.Libvirt) error {
-		n, err := rpc.NetworkLookupByName(network)
-		if err != nil {
-			return err
-		}
+	err = c.network(ctx, network, func(rpc *libvirt.Libvirt, n libvirt.Network) error {
 		active, err := rpc.NetworkIsActive(n)
 		if err != nil {
 			return err

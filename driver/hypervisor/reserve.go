@@ -28,11 +28,7 @@ var ErrUnreservable = errors.New("no address can be reserved")
 // https://libvirt.org/html/libvirt-libvirt-network.html#virNetworkUpdate
 func (c *Connection) Reserve(ctx context.Context, network, mac string) (netip.Addr, error) {
 	var address netip.Addr
-	err := c.do(ctx, func(rpc *libvirt.Libvirt) error {
-		n, err := rpc.NetworkLookupByName(network)
-		if err != nil {
-			return err
-		}
+	err := c.network(ctx, network, func(rpc *libvirt.Libvirt, n libvirt.Network) error {
 		for try := 0; ; try++ {
 			text, err := rpc.NetworkGetXMLDesc(n, 0)
 			if err != nil {
@@ -64,11 +60,7 @@ func (c *Connection) Reserve(ctx context.Context, network, mac string) (netip.Ad
 // Unreserve ends what Reserve began. A network that is not there, or does not
 // run, keeps no address.
 func (c *Connection) Unreserve(ctx context.Context, network, mac string) error {
-	err := c.do(ctx, func(rpc *libvirt.Libvirt) error {
-		n, err := rpc.NetworkLookupByName(network)
-		if err != nil {
-			return err
-		}
+	err := c.network(ctx, network, func(rpc *libvirt.Libvirt, n libvirt.Network) error {
 		text, err := rpc.NetworkGetXMLDesc(n, 0)
 		if err != nil {
 			return err
