@@ -31,7 +31,7 @@ func newKeys(way settings.HostKey) (k keys, err error) {
 		return k, err
 	}
 	if way == settings.HostKeyInjected {
-		k.host, err = sshexec.NewKeyPair()
+		k.host, err = sshexec.NewHostKeyPair()
 	}
 	return k, err
 }
@@ -112,8 +112,7 @@ func (mk *Maker) credentials(ctx context.Context, m machine) (knock, error) {
 		return k, nil
 	}
 	k.Key = m.image.Key
-	_, err := sshexec.LoadKey(k.Key) // what is wrong with it is better said at once
-	return k, err
+	return k, nil
 }
 
 // hostKeyFiles are where an SSH server has its public keys, best type first.

@@ -145,7 +145,7 @@ func TestRunLogsInWithTheJobsOwnKey(t *testing.T) {
 		t.Fatal(err)
 	}
 	own, err := sshexec.ParseKeyPair(handed.Own)
-	if err != nil || seen.Key.PublicKey().Type() != "ssh-ed25519" || string(seen.Key.PublicKey().Marshal()) != string(own.Signer().PublicKey().Marshal()) {
+	if err != nil || seen.Key.PublicKey().Type() != "ecdsa-sha2-nistp256" || string(seen.Key.PublicKey().Marshal()) != string(own.Signer().PublicKey().Marshal()) {
 		t.Errorf("logs in with another key: %v", err)
 	}
 	if seen.HostKey != handed.HostKey || seen.HostKey == "" {

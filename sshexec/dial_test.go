@@ -382,28 +382,31 @@ func TestLoadKey(t *testing.T) {
 }
 
 func TestKeyPair(t *testing.T) {
-	a, err := NewKeyPair()
-	if err != nil {
-		t.Fatal(err)
-	}
-	b, err := NewKeyPair()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if a.Private() == b.Private() || a.Public() == b.Public() {
-		t.Error("two keys are one")
-	}
-	again, err := ParseKeyPair(a.Private())
-	if err != nil || again.Public() != a.Public() || again.Private() != a.Private() {
-		t.Errorf("read back: %v, %v", again, err)
-	}
-	if got := authorized(a.Signer().PublicKey()); got != a.Public() || !strings.HasPrefix(got, "ssh-ed25519 ") {
-		t.Errorf("public key %q, signer's %q", a.Public(), got)
-	}
-	secret := strings.Split(a.Private(), "\n")[4] // the private half is in this line
-	for _, verb := range []string{"%v", "%+v", "%s"} {
-		if text := fmt.Sprintf(verb, a); strings.Contains(text, secret) || !strings.Contains(text, "SHA256:") {
-			t.Errorf("%s prints %s", verb, text)
+	for kind, generate := range map[string]func() (*KeyPair, error){"ecdsa-sha2-nistp256": NewKeyPair, "ssh-ed25519": NewHostKeyPair} {
+		a, err := generate()
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := generate()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if a.Private() == b.Private() || a.Public() == b.Public() {
+			t.Errorf("%s: two keys are one", kind)
+		}
+		again, err := ParseKeyPair(a.Private())
+		if err != nil || again.Public() != a.Public() || again.Private() != a.Private() {
+			t.Errorf("%s: read back: %v, %v", kind, again, err)
+		}
+		if got := authorized(a.Signer().PublicKey()); got != a.Public() || !strings.HasPrefix(got, kind+" ") {
+			t.Errorf("%s: public key %q, signer's %q", kind, a.Public(), got)
+		}
+		lines := strings.Split(a.Private(), "\n")
+		secret := lines[len(lines)-3] // the private half is in the last one before the end mark
+		for _, verb := range []string{"%v", "%+v", "%s"} {
+			if text := fmt.Sprintf(verb, a); strings.Contains(text, secret) || !strings.Contains(text, "SHA256:") {
+				t.Errorf("%s prints %s", verb, text)
+			}
 		}
 	}
 	const torn = "-----BEGIN OPENSSH PRIVATE KEY-----\nc2VjcmV0\n"

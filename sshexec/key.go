@@ -2,7 +2,10 @@ package sshexec
 
 import (
 	"bytes"
+	"crypto"
+	"crypto/ecdsa"
 	"crypto/ed25519"
+	"crypto/elliptic"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -75,12 +78,28 @@ type KeyPair struct {
 	text string
 }
 
-// NewKeyPair makes an Ed25519 key.
+// NewKeyPair makes an ECDSA key on the curve P-256, for logging in. OpenSSH
+// verifies its signatures with OpenSSL's machine code: on an emulated guest that
+// takes 0.1 s less than those of an Ed25519 key.
 func NewKeyPair() (*KeyPair, error) {
-	_, private, err := ed25519.GenerateKey(nil)
+	private, err := ecdsa.GenerateKey(elliptic.P256(), nil)
 	if err != nil {
 		return nil, fmt.Errorf("make an SSH key: %w", err)
 	}
+	return newKeyPair(private)
+}
+
+// NewHostKeyPair makes an Ed25519 key, for a guest's SSH server: the one kind for
+// which every server looks, and which it prefers.
+func NewHostKeyPair() (*KeyPair, error) {
+	_, private, err := ed25519.GenerateKey(nil)
+	if err != nil {
+		return nil, fmt.Errorf("make an SSH host key: %w", err)
+	}
+	return newKeyPair(private)
+}
+
+func newKeyPair(private crypto.PrivateKey) (*KeyPair, error) {
 	block, err := ssh.MarshalPrivateKey(private, "")
 	if err != nil {
 		return nil, fmt.Errorf("make an SSH key: %w", err)
