@@ -23,6 +23,7 @@ func (s *Stage) Config(w io.Writer) error {
 		JobEnv: map[string]string{
 			passedMachine: m.name,
 			passedImage:   m.image.Name,
+			threads:       "1",
 		},
 	}.Write(w)
 }
