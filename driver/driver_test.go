@@ -46,7 +46,7 @@ func TestConfigTellsLaterStagesWhatTheyMayTrust(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, want := range []string{
-		`"LIBVIRT_DRIVER_MACHINE":"` + machineName + `"`, `"LIBVIRT_DRIVER_IMAGE":"default"`,
+		`"LIBVIRT_DRIVER_MACHINE":"` + machineName + `"`, `"LIBVIRT_DRIVER_IMAGE":"default"`, `"GOMAXPROCS":"1"`,
 		`"builds_dir":"/home/gitlab-runner/builds"`, `"version":"1.2.3"`, `"shell":"bash"`,
 	} {
 		if !strings.Contains(out.String(), want) {
