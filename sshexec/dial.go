@@ -99,6 +99,9 @@ func dial(ctx context.Context, t Target, interval, limit time.Duration) (*Client
 		close(c.dead)
 	}()
 	go c.keepAlive(interval, limit)
+	if t.Door != nil {
+		go c.nudge()
+	}
 	return c, nil
 }
 

@@ -102,3 +102,56 @@ func TestADoorThatDoesNotOpen(t *testing.T) {
 		})
 	}
 }
+
+// TestWhatADoorKeepsBack has every third of the packets that the guest is told kept
+// back until the next one comes, as a virtio channel may do it.
+func TestWhatADoorKeepsBack(t *testing.T) {
+	s := startServer(t, nil)
+	path := door(t, Greeting+"\n", func(_ string, conn net.Conn) {
+		io.WriteString(conn, Open+"\n")
+		server, err := net.Dial("tcp", s.addr)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		go func() {
+			packet := make([]byte, 64<<10)
+			var kept []byte
+			for i := 0; ; i++ {
+				n, err := conn.Read(packet)
+				if err != nil {
+					server.Close()
+					return
+				}
+				kept = append(kept, packet[:n]...)
+				// The first ones are the handshake's: there nothing more comes by itself.
+				if i < 12 || i%3 != 0 {
+					server.Write(kept)
+					kept = nil
+				}
+			}
+		}()
+		io.Copy(conn, server)
+	})
+	target := s.target()
+	target.Door = &Door{Socket: path, Script: "end\n"}
+	c, err := Dial(t.Context(), target)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), keepAliveInterval/2)
+	defer cancel()
+	for range 10 {
+		if err := c.Run(ctx, Command{Shell: "sh", Script: strings.NewReader("exit 0\n")}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// A guest that has answered is left alone.
+	time.Sleep(2 * patience)
+	said := c.conn.said.Load()
+	time.Sleep(5 * patience)
+	if again := c.conn.said.Load(); again != said {
+		t.Errorf("a guest that has answered is asked %d times", again-said)
+	}
+}

@@ -181,15 +181,32 @@ func ended(ctx context.Context) error {
 	return fmt.Errorf("%w (%w)", cause, err)
 }
 
-// A watchedConn knows when its peer was last heard of.
+// A watchedConn knows when its peer was last heard of, and what it was told.
 type watchedConn struct {
 	net.Conn
 	start time.Time
-	heard atomic.Int64 // nanoseconds after start
+	heard atomic.Int64  // nanoseconds after start
+	said  atomic.Int64  // how many writes there were
+	told  chan struct{} // holds a token when there was one
 }
 
 func watch(conn net.Conn) *watchedConn {
-	return &watchedConn{Conn: conn, start: time.Now()}
+	return &watchedConn{Conn: conn, start: time.Now(), told: make(chan struct{}, 1)}
+}
+
+func (w *watchedConn) Write(p []byte) (int, error) {
+	n, err := w.Conn.Write(p)
+	w.said.Add(1)
+	w.tell()
+	return n, err
+}
+
+// tell lets whoever waits for it know that there was a write.
+func (w *watchedConn) tell() {
+	select {
+	case w.told <- struct{}{}:
+	default:
+	}
 }
 
 func (w *watchedConn) Read(p []byte) (int, error) {
