@@ -1,8 +1,9 @@
 # door.sh: puts a door into a guest that is about to be saved: a shell of root's that waits at a channel of the machine's
-# until the host connects to it, which the host does once the guest has been restored. It is plain sh.
+# until the host connects to it, which the host does once the guest has been restored. It is plain sh. It is called
+# with the user who is to log in then, and a public key that is not to be let in any more.
 root=
 [ "$(id -u)" = 0 ] || root='sudo -n'
-exec $root sh <<'ROOT'
+exec $root sh -s -- "$1" "$2" <<'ROOT'
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 refuse() {
 	echo "$*" >&2
@@ -29,30 +30,40 @@ fi
 
 # A write to the channel waits, in the kernel, until the host is connected: the SSH server's first, and the shell's. The
 # server is stopped by then, so that the shell has the host to itself until it lets the server go on, whose start lies
-# before the save. The shell says that it is there to the one who waits for it here, and becomes one that reads what to
-# do from the host. It is the one in the background since that ignores SIGINT, and the jobs' processes must not.
+# before the save. The shell says that it is there to the one who waits for it here, and then to the host, and hears from
+# it what to become. It is the one in the background since that ignores SIGINT, and the jobs' processes must not.
 door=/run/libvirt-driver-door
-rm -f "$door.ready"
+rm -f "$door.ready" "$door.shut"
 cat >"$door" <<'DOOR'
+PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
+user=$2 made=$3
 exec 3<>"$1" 2>/dev/null
-export sshd=$$
+sshd=$$
+
+# identity.sh
+
 {
 	sleep 3
 	kill -STOP "$sshd"
+	prepare </dev/null >/dev/null 2>"$0.shut" || exit
 	echo >"$0.ready"
 	echo 'libvirt-driver: the door'
-	exec sh 3>&-
-} <&3 >&3 &
+	hear
+	become </dev/null 3>&1 >/dev/null 2>&1
+	echo 'libvirt-driver: open'
+	kill -CONT "$sshd"
+	exit
+} <&3 >&3 3>&- &
 exec "$(command -v sshd)" -i -o LoginGraceTime=600 <&3 >&3 3>&-
 DOOR
 systemd-run --quiet --collect -p KillMode=process -p TasksMax=infinity -p OOMPolicy=continue \
-	sh "$door" "$device" >/dev/null 2>&1 </dev/null || setsid sh "$door" "$device" >/dev/null 2>&1 </dev/null &
+	sh "$door" "$device" "$1" "$2" >/dev/null 2>&1 </dev/null || setsid sh "$door" "$device" "$1" "$2" >/dev/null 2>&1 </dev/null &
 tries=0
 until [ -e "$door.ready" ]; do
 	tries=$((tries + 1))
-	[ "$tries" -lt 200 ] || refuse "nothing could be started that waits at $device"
+	[ "$tries" -lt 200 ] || refuse "nothing could be started that waits at $device: $(cat "$door.shut" 2>/dev/null)"
 	sleep 0.1
 done
-rm -f "$door" "$door.ready"
+rm -f "$door" "$door.ready" "$door.shut"
 sync
 ROOT

@@ -1,20 +1,52 @@
-# identity.sh: makes a guest that has just been restored one of its own, and lets the job's SSH in. root's shell at the
-# door gets it from the host, after lines that set: clock, seed, name, machine_id, host_private, host_public, user,
-# made, authorized, patience; sshd is the door's SSH server. It is plain sh.
-PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
+# identity.sh: the part of the door, see door.sh, that makes a guest which has just been restored one of its own, and
+# lets the job's SSH in. It is plain sh, and is called with user, made and sshd set.
+#
+# Right after the restore an emulated guest runs everything for the first time, and to start a program takes a quarter
+# of a second. So all that can be done before the save is done there, and what follows the restore starts next to none.
 
-shut() {
-	echo "$*" >&3
-	exit 1
+# prepare does what can be done before the save.
+prepare() {
+	eval "home=~$user"
+	keys=$home/.ssh/authorized_keys
+	mask=$(umask)
+	umask 077
+	[ -d "$home/.ssh" ] || { mkdir -m 700 "$home/.ssh" && chown "$user:" "$home/.ssh"; }
+	[ -f "$keys" ] || { : >"$keys" && chown "$user:" "$keys"; }
+	umask "$mask"
+	kept=
+	while read -r line; do
+		[ "$line" = "$made" ] || kept="$kept$line
+"
+	done <"$keys" || return
+
+	# The servers that run have their keys in their memory.
+	for file in /etc/ssh/ssh_host_*_key /etc/ssh/ssh_host_*_key.pub; do
+		case $file in
+		*/ssh_host_ed25519_key | */ssh_host_ed25519_key.pub) [ ! -L "$file" ] || rm -f "$file" ;;
+		*) [ ! -e "$file" ] || rm -f "$file" ;;
+		esac
+	done
+
+	# What the kernel draws once the guest is restored must follow from the seed, which the host draws for this machine
+	# alone. To write the seed is not enough: the kernel takes it up when it sees fit, within a minute, or when it is
+	# told to (RNDRESEEDCRNG of random(4)), which takes a program. It starts here, and waits for the seed.
+	mkfifo -m 600 "$0.seed" && exec 4<>"$0.seed" && rm -f "$0.seed" || return
+	if command -v perl; then
+		perl -e '$_ = <STDIN>; open(R, ">", "/dev/urandom") && syswrite(R, $_) && ioctl(R, 0x5207, 0) or exit 1' <&4 4>&- &
+	elif command -v python3; then
+		python3 -c 'import fcntl, sys
+s = sys.stdin.readline()
+with open("/dev/urandom", "w") as r: r.write(s); r.flush(); fcntl.ioctl(r, 0x5207)' <&4 4>&- &
+	else
+		noticed <&4 4>&- &
+	fi
+	seeding=$!
 }
 
-# What the kernel draws next must follow from the seed, which the host drew for this machine alone. To write the seed
-# is not enough: the kernel takes it up when it sees fit, within a minute, or when it is told to (RNDRESEEDCRNG of
-# random(4)). Where nothing here can tell it, it has noticed by itself, with vmgenid, that it runs anew.
-reseed() {
+# noticed is for a guest with nothing to tell its kernel with: with vmgenid it has noticed by itself that it runs anew.
+noticed() {
+	read -r seed
 	echo "$seed" >/dev/urandom
-	perl -e 'open(R, ">", "/dev/urandom") && ioctl(R, 0x5207, 0) or exit 1' && return
-	python3 -c 'import fcntl; fcntl.ioctl(open("/dev/urandom", "wb"), 0x5207)' && return
 	tries=0
 	until dmesg | grep -q 'virtual machine fork'; do
 		tries=$((tries + 1))
@@ -23,14 +55,33 @@ reseed() {
 	done
 }
 
-identity() {
-	# Right after the restore an emulated guest takes a tenth of a second or more to start a program. So two go on by
-	# themselves, and what follows starts none where it can do without.
-	{ date -s "@$clock" || date -s "@${clock%.*}"; } &
+# hear hears from the host what to become.
+hear() {
+	read -r clock || exit
+	{ date -s "@$clock" || date -s "@${clock%.*}"; } </dev/null >/dev/null 2>&1 &
 	setting=$! # first: the clock goes on meanwhile
-	reseed &
-	seeding=$!
+	read -r seed
+	echo "$seed" >&4
+	read -r machine_id
+	read -r name
+	read -r patience
+	read -r authorized
+	read -r host_public
+	host_private=
+	until [ "$line" = '-----END OPENSSH PRIVATE KEY-----' ]; do
+		read -r line || exit
+		host_private="$host_private$line
+"
+	done
+}
 
+shut() {
+	echo "$*" >&3
+	exit 1
+}
+
+# become becomes that. Errors go to the host, on 3.
+become() {
 	echo "$name" >/proc/sys/kernel/hostname
 	echo "$name" >/etc/hostname
 	# sudo asks for its own name, and what logs logins for the SSH client's, which is UNKNOWN behind the door. The network
@@ -41,31 +92,14 @@ identity() {
 			echo "$machine_id" >"$file" || shut "$file cannot be written"
 		fi
 	done
-
-	for file in /etc/ssh/ssh_host_*_key /etc/ssh/ssh_host_*_key.pub; do
-		case $file in
-		*/ssh_host_ed25519_key | */ssh_host_ed25519_key.pub) [ ! -L "$file" ] || rm -f "$file" ;;
-		*) [ ! -e "$file" ] || rm -f "$file" ;;
-		esac
-	done
 	echo "$host_public" >/etc/ssh/ssh_host_ed25519_key.pub
-	mask=$(umask)
 	umask 077
 	echo "$host_private" >/etc/ssh/ssh_host_ed25519_key || shut 'the host key cannot be written'
-	eval "home=~$user"
-	keys=$home/.ssh/authorized_keys
-	[ -d "$home/.ssh" ] || { mkdir -m 700 "$home/.ssh" && chown "$user:" "$home/.ssh"; }
-	[ -f "$keys" ] || { : >"$keys" && chown "$user:" "$keys"; }
 	umask "$mask"
-	kept=
-	while read -r line; do
-		[ "$line" = "$made" ] || kept="$kept$line
-"
-	done <"$keys"
 	echo "$kept$authorized" >"$keys" || shut "$keys cannot be written"
 	wait "$setting" || shut 'the clock cannot be set'
 	wait "$seeding" || shut 'the kernel was not seeded anew'
-	network 3>&- &
+	network 3>&- 4>&- &
 }
 
 # network makes ready for a network that does not answer yet, and tells what answers on it who it is.
@@ -92,9 +126,3 @@ network() {
 		echo 3 >"$dir/mcast_solicit"
 	done
 }
-
-exec 3>&1
-identity </dev/null >/dev/null 2>&1
-echo 'libvirt-driver: open'
-kill -CONT "$sshd"
-exit

@@ -26,8 +26,8 @@ import (
 // A job never fails because of a slot: where anything about one does, the slot is
 // removed and the machine is booted.
 
-// doorScript puts the door into a guest before it is saved, and identityScript
-// goes through it once the guest is restored; see there.
+// doorScript puts the door into a guest before it is saved, and identityScript is
+// what waits there for the guest to be restored; see there.
 var (
 	//go:embed door.sh
 	doorScript string
@@ -148,7 +148,7 @@ func (mk *Maker) makeSlot(ctx context.Context, m machine, print string) (_ *slot
 	}
 
 	begun := time.Now()
-	if err := mk.makeDoor(ctx, reached.of(m.image)); err != nil {
+	if err := mk.makeDoor(ctx, reached.of(m.image), made.Key); err != nil {
 		return nil, nil, unfit("make a door in the guest: %w", err)
 	}
 	mk.Log.Step("door", time.Since(begun), "made")
@@ -173,8 +173,9 @@ func (mk *Maker) makeSlot(ctx context.Context, m machine, print string) (_ *slot
 	return &made, lock, nil
 }
 
-// makeDoor puts the door into a guest that is about to be saved.
-func (mk *Maker) makeDoor(ctx context.Context, c contact) error {
+// makeDoor puts the door into a guest that is about to be saved, and was entered
+// with the public key made if any was made for it.
+func (mk *Maker) makeDoor(ctx context.Context, c contact, made string) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, settling, fmt.Errorf("not done after %v", settling))
 	defer cancel()
 	target, err := knock{Address: c.Address, User: c.User, Key: c.Key, Own: c.Own, HostKey: c.HostKey}.target(sshexec.Keyring{})
@@ -187,7 +188,7 @@ func (mk *Maker) makeDoor(ctx context.Context, c contact) error {
 	}
 	defer shell.Close()
 	var said bytes.Buffer
-	err = shell.Run(ctx, sshexec.Command{Shell: "sh", Script: strings.NewReader(doorScript), Stdout: &said, Stderr: &said})
+	err = shell.Run(ctx, sshexec.Command{Shell: "sh", Script: strings.NewReader(door(c.User, made)), Stdout: &said, Stderr: &said})
 	if text := strings.TrimSpace(said.String()); err != nil && text != "" {
 		return fmt.Errorf("%w: %.500q", err, text)
 	}
@@ -222,7 +223,7 @@ func (mk *Maker) restore(ctx context.Context, m *machine, from slot) (reached co
 	keeper = mk.startKeeper(*m)
 	reached, err = mk.tryShell(watched, keeper, knock{
 		Address: from.Address, User: m.image.User, Own: m.keys.client.Private(), HostKey: from.HostKey, Limit: attempt,
-		Door: &sshexec.Door{Socket: socket, Script: m.identify(from, keeper) + identityScript},
+		Door: &sshexec.Door{Socket: socket, Words: m.identify(keeper)},
 	})
 	if err != nil {
 		keeper.release(false)
@@ -271,33 +272,33 @@ func (mk *Maker) thaw(ctx context.Context, m *machine, from slot) error {
 	return nil
 }
 
-// identify returns what the machine's guest is to be, as lines that set the
-// variables of identityScript, but for the clock. None of them has a quote in it.
-func (m machine) identify(from slot, keeper *Keeper) string {
+// door returns doorScript for a guest in which user is to log in once it is
+// restored, but not with the public key made.
+func door(user, made string) string {
+	if made == "" {
+		made = "(no such key)"
+	}
+	return fmt.Sprintf("set -- '%s' '%s'\n", user, made) + strings.Replace(doorScript, "# identity.sh\n", identityScript, 1)
+}
+
+// identify returns what the machine's guest is to be, in lines as identityScript
+// reads them after the clock's.
+func (m machine) identify(keeper *Keeper) string {
 	var random [64 + 16]byte
 	rand.Read(random[:])
-	never := "(no such key)"
-	if from.Key != "" {
-		never = strings.TrimSpace(from.Key)
-	}
 	// Nobody needs the network's SSH server at once where the connection is kept.
 	patience := "0"
 	if keeper.works() {
 		patience = "2"
 	}
-	var lines strings.Builder
-	for _, set := range [][2]string{
-		{"seed", fmt.Sprintf("%x", random[:64])},
-		{"machine_id", fmt.Sprintf("%x", random[64:])},
-		{"name", m.name[:min(len(m.name), 64)]},
-		{"user", m.image.User},
-		{"patience", patience},
-		{"made", never},
-		{"authorized", strings.TrimSpace(m.keys.client.Public())},
-		{"host_private", strings.TrimSpace(m.keys.host.Private())},
-		{"host_public", strings.TrimSpace(m.keys.host.Public())},
-	} {
-		fmt.Fprintf(&lines, "%s='%s'\n", set[0], set[1])
-	}
-	return lines.String()
+	return strings.Join([]string{
+		fmt.Sprintf("%x", random[:64]), // the seed
+		fmt.Sprintf("%x", random[64:]), // the machine-id
+		m.name[:min(len(m.name), 64)],
+		patience,
+		strings.TrimSpace(m.keys.client.Public()),
+		strings.TrimSpace(m.keys.host.Public()),
+		strings.TrimSpace(m.keys.host.Private()),
+		"",
+	}, "\n")
 }

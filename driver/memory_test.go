@@ -151,7 +151,7 @@ func TestAPrepareMakesASlotWhereThereIsNoneAndUsesTheOneThatThereIs(t *testing.T
 	if saved < 0 || restored < saved || !strings.Contains(s.log.String(), "one is made first") {
 		t.Errorf("calls: %q\n%s", s.host.calls, s.log.String())
 	}
-	if door == nil || !strings.Contains(door.Socket, name) || !strings.Contains(door.Script, "name='"+machineName+"'\n") {
+	if door == nil || !strings.Contains(door.Socket, name) || !strings.Contains(door.Words, "\n"+machineName+"\n") {
 		t.Errorf("the guest was entered by %+v", door)
 	}
 	metadata, err := domainxml.ParseMetadata(s.host.domains[name])

@@ -13,24 +13,21 @@ import (
 
 // A Door is a way into a guest that takes no network: a socket of the host behind
 // which, in the guest, a shell of root's waits. It says [Greeting] on a line when
-// someone connects, and then takes commands: the script, after a line that sets
-// clock to the time at which it is sent, in seconds since 1970. The script says
-// [Open] on a line and leaves the connection to an SSH server, or says on one line
-// why it does not. Anyone who may connect to the socket can do that, so
-// it must be for the driver alone.
+// someone connects, and then reads a line with the time at which it is sent, in
+// seconds since 1970, and the words. It says [Open] on a line and leaves the
+// connection to an SSH server, or says on one line why it does not. Anyone who may
+// connect to the socket can do that, so it must be for the driver alone.
 type Door struct {
 	// Socket is the absolute path of the UNIX socket.
 	Socket string `json:"socket"`
-	// Script is in sh's language and ends in a newline.
-	Script string `json:"script"`
+	// Words are what the shell waits for, in lines.
+	Words string `json:"words"`
 }
 
 // What is said at a [Door].
 const (
 	Greeting = "libvirt-driver: the door"
 	Open     = "libvirt-driver: open"
-
-	attending = "libvirt-driver: the shell"
 )
 
 // ErrShut says that the door was found, but did not open.
@@ -44,15 +41,8 @@ func (d *Door) open(conn net.Conn) error {
 	if err := await(conn, Greeting); err != nil {
 		return err
 	}
-	// The shell may take its time to begin, and the clock is not to be late by that.
-	if _, err := fmt.Fprintf(conn, "echo '%s'\n", attending); err != nil {
-		return err
-	}
-	if err := await(conn, attending); err != nil {
-		return err
-	}
 	now := time.Now()
-	if _, err := fmt.Fprintf(conn, "clock=%d.%06d\n%s", now.Unix(), now.Nanosecond()/1000, d.Script); err != nil {
+	if _, err := fmt.Fprintf(conn, "%d.%06d\n%s", now.Unix(), now.Nanosecond()/1000, d.Words); err != nil {
 		return err
 	}
 	line, err := readLine(conn)
