@@ -240,6 +240,10 @@ func (h *host) Discover(_ context.Context, network, mac string) error {
 	return h.note("Discover", network, mac)
 }
 
+func (h *host) FilterAddress(_ context.Context, domain, mac string, address netip.Addr) error {
+	return h.note("FilterAddress", domain, mac, address.String())
+}
+
 func (h *host) Reserve(_ context.Context, network, mac string) (netip.Addr, error) {
 	return h.kept, h.note("Reserve", network, mac)
 }

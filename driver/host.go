@@ -62,6 +62,7 @@ type Hypervisor interface {
 	Leases(ctx context.Context, network, mac string) ([]hypervisor.Lease, error)
 	ReleaseLeases(ctx context.Context, network, mac string) error
 	Addresses(ctx context.Context, domain, mac string, source hypervisor.AddressSource) ([]netip.Addr, error)
+	FilterAddress(ctx context.Context, domain, mac string, address netip.Addr) error
 
 	ReadGuestFile(ctx context.Context, domain, path string) ([]byte, error)
 	AuthorizeKey(ctx context.Context, domain, user, key string) error

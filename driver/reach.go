@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
+	"sync"
 	"syscall"
 	"time"
 
@@ -191,7 +193,9 @@ func (mk *Maker) waitForShell(ctx context.Context, m machine, look locator, keep
 			return contact{}, err
 		}
 		k.Address = socketAddress(address)
+		done := mk.letThrough(ctx, m, address)
 		reached, err := mk.tryShell(ctx, keeper, k)
+		done()
 		switch {
 		case err == nil:
 			reached.Own = k.Own
@@ -217,6 +221,39 @@ func (mk *Maker) waitForShell(ctx context.Context, m machine, look locator, keep
 		// The guest has started a process for it, and may be slow.
 		pause(ctx, backoff(try))
 		try++
+	}
+}
+
+// silence is how long nothing may answer at the address that a guest was lent
+// before its network filter is told the address.
+const silence = 3 * time.Second
+
+// letThrough sees to it, until done is called, that the guest's network filter does
+// not take the guest for someone else: it is told the address, which the network
+// has lent to the guest, when nothing answers there.
+func (mk *Maker) letThrough(ctx context.Context, m machine, address netip.Addr) (done func()) {
+	if m.image.Filter == "" || !m.image.Address.ByLease() {
+		return func() {}
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	var watching sync.WaitGroup
+	watching.Go(func() {
+		pause(ctx, silence)
+		conn, err := (&net.Dialer{Timeout: time.Second}).DialContext(ctx, "tcp", socketAddress(address))
+		if err == nil {
+			conn.Close()
+			return
+		}
+		if ctx.Err() != nil || errors.Is(err, syscall.ECONNREFUSED) {
+			return
+		}
+		if err := mk.Hypervisor.FilterAddress(ctx, m.domain, m.mac, address); err != nil && ctx.Err() == nil {
+			mk.Log.Note("nothing answers at %s: %v", address, err)
+		}
+	})
+	return func() {
+		cancel()
+		watching.Wait()
 	}
 }
 

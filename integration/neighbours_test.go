@@ -4,6 +4,8 @@ package integration
 
 import (
 	"fmt"
+	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
@@ -256,4 +258,30 @@ func TestGCBesideRunningJobsRemovesOrphansAndNothingElse(t *testing.T) {
 			t.Errorf("a job that runs: %q", got)
 		}
 	}
+}
+
+// A network filter learns the guest's address from what it sees first, and that need not be what the guest gets in the
+// end.
+func TestAGuestWhoseFilterHasLearnedAnotherAddressIsReached(t *testing.T) {
+	t.Parallel()
+	job := newJob(runner.Job{})
+	ex := start(t, newSettings(t, tiny("")).runner(t), job)
+	call := ex.StartPrepare()
+	waitFor(t, call, "  machine ")
+	domain, file := machineOf(job), filepath.Join(newFolder(t), "interface.xml")
+	wrong := fmt.Sprintf(`<interface type="network"><mac address="%s"/><source network="default"/><port isolated="yes"/>
+		<model type="virtio"/><filterref filter="clean-traffic"><parameter name="IP" value="192.168.122.254"/></filterref>
+		<rom enabled="no"/></interface>`, macOf(job))
+	if err := os.WriteFile(file, []byte(wrong), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	command(t, "virsh", "update-device", domain, file, "--live")
+	want(t, ex, call.Wait(t.Context()), 0)
+	if ip := address(t, job); !strings.Contains(command(t, "virsh", "dumpxml", domain), fmt.Sprintf("<parameter name='IP' value='%s'/>", ip)) {
+		t.Errorf("the filter does not know the guest's address %s", ip)
+	}
+	if out := output(t, ex, "echo reached"); out != "reached\n" {
+		t.Errorf("the guest says %q", out)
+	}
+	remove(t, ex, job)
 }

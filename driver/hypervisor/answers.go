@@ -46,6 +46,7 @@ var answers = map[procedure]any{
 	{remote, 152}: libvirt.NetworkIsActiveRet{},
 	{remote, 157}: libvirt.ConnectGetLibVersionRet{},
 	{remote, 165}: nil, // StorageVolWipe
+	{remote, 174}: nil, // DomainUpdateDeviceFlags
 	{remote, 196}: libvirt.DomainCreateWithFlagsRet{},
 	{remote, 208}: nil, // StorageVolUpload
 	{remote, 209}: nil, // StorageVolDownload

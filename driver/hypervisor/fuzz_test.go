@@ -197,6 +197,9 @@ var fuzzedCalls = []struct {
 		}
 		return wrap(err, "capabilities")
 	}},
+	{"domain d", func(ctx context.Context, t *testing.T, c *Connection) error {
+		return c.FilterAddress(ctx, "d", "52:54:00:00:00:01", netip.MustParseAddr("192.0.2.1"))
+	}},
 }
 
 // Whatever sits at libvirtd's socket and whatever it answers: each method comes
