@@ -151,10 +151,11 @@ func (mk *Maker) locate(ctx context.Context, m machine) (look locator, pace func
 	}, leasePace, nil
 }
 
-// leasePace returns the pause after a look for a lease: a thirtieth of the wait
-// so far, about, as every look takes libvirt's processor time and this one's.
+// leasePace returns the pause after a look for a lease: a thirtieth of the wait so
+// far, about, and at last a hundredth, as every look takes libvirt's processor time
+// and this one's, most when many guests boot at once and take long.
 func leasePace(try int) time.Duration {
-	return min(2*glance+time.Duration(try)*5*time.Millisecond, 6*glance)
+	return min(2*glance+time.Duration(try)*5*time.Millisecond, 20*glance)
 }
 
 // ask returns a locator that asks each source in turn.
