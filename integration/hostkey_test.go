@@ -36,7 +36,7 @@ func TestAWholeJobIsGreenWithKeysOfItsOwn(t *testing.T) {
 		t.Run(way, func(t *testing.T) {
 			t.Parallel()
 			job := newJob(runner.Job{
-				Script:      []string{"ssh-keygen -l -f /etc/ssh/ssh_host_ed25519_key.pub", "echo $(grep -c ssh- ~/.ssh/authorized_keys) key", "stat --format '%U %a' ~/.ssh ~/.ssh/authorized_keys"},
+				Script:      []string{"ssh-keygen -l -f /etc/ssh/ssh_host_ed25519_key.pub", "echo $(grep -c . ~/.ssh/authorized_keys) key", "stat --format '%U %a' ~/.ssh ~/.ssh/authorized_keys"},
 				AfterScript: []string{"echo after"},
 			})
 			o := runJob(t, newSettings(t, knownBy(way)).runner(t), job)
