@@ -401,8 +401,8 @@ func TestKeyPair(t *testing.T) {
 		if got := authorized(a.Signer().PublicKey()); got != a.Public() || !strings.HasPrefix(got, kind+" ") {
 			t.Errorf("%s: public key %q, signer's %q", kind, a.Public(), got)
 		}
-		lines := strings.Split(a.Private(), "\n")
-		secret := lines[len(lines)-3] // the private half is in the last one before the end mark
+		lines := strings.Split(strings.TrimSpace(a.Private()), "\n")
+		secret := lines[len(lines)-3] // the private half is in the last line but one
 		for _, verb := range []string{"%v", "%+v", "%s"} {
 			if text := fmt.Sprintf(verb, a); strings.Contains(text, secret) || !strings.Contains(text, "SHA256:") {
 				t.Errorf("%s prints %s", verb, text)
