@@ -4,8 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -225,8 +225,8 @@ func (mk *Maker) waitForShell(ctx context.Context, m machine, look locator, keep
 	}
 }
 
-// silence is how long nothing may answer at the address that a guest was lent
-// before its network filter is told the address.
+// silence is how long a guest may leave the address that it was lent unanswered
+// before its network filter is told it.
 const silence = 3 * time.Second
 
 // letThrough sees to it, until done is called, that the guest's network filter does
@@ -240,16 +240,17 @@ func (mk *Maker) letThrough(ctx context.Context, m machine, address netip.Addr) 
 	var watching sync.WaitGroup
 	watching.Go(func() {
 		pause(ctx, silence)
-		conn, err := (&net.Dialer{Timeout: time.Second}).DialContext(ctx, "tcp", socketAddress(address))
-		if err == nil {
-			conn.Close()
+		if ctx.Err() != nil {
 			return
 		}
-		if ctx.Err() != nil || errors.Is(err, syscall.ECONNREFUSED) {
-			return
+		// A guest that is let through has answered the host's question who has the
+		// address, whatever else it is slow at.
+		seen, err := mk.Hypervisor.Addresses(ctx, m.domain, m.mac, hypervisor.ARP)
+		if err == nil && !slices.Contains(seen, address) {
+			err = mk.Hypervisor.FilterAddress(ctx, m.domain, m.mac, address)
 		}
-		if err := mk.Hypervisor.FilterAddress(ctx, m.domain, m.mac, address); err != nil && ctx.Err() == nil {
-			mk.Log.Note("nothing answers at %s: %v", address, err)
+		if err != nil && ctx.Err() == nil {
+			mk.Log.Note("nothing answers at %s, and its network filter cannot be told: %v", address, err)
 		}
 	})
 	return func() {

@@ -16,9 +16,7 @@ import (
 // is there and nothing waits for its guest.
 func started(t *testing.T, cfg runner.Config, job runner.Job) *runner.Executor {
 	t.Helper()
-	ex := start(t, cfg, job)
-	call := ex.StartPrepare()
-	waitFor(t, call, "  machine  started")
+	ex, call := midway(t, cfg, job, "  machine  started")
 	kill(t, call)
 	if !exists(t, machineOf(job)) {
 		t.Fatalf("the machine has not been started:\n%s", ex.JobLog())

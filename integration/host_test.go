@@ -425,6 +425,15 @@ func start(t *testing.T, cfg runner.Config, job runner.Job) *runner.Executor {
 	return ex
 }
 
+// midway starts a job and its prepare, and returns when that has said text.
+func midway(t *testing.T, cfg runner.Config, job runner.Job, text string) (*runner.Executor, *runner.Call) {
+	t.Helper()
+	ex := start(t, cfg, job)
+	call := ex.StartPrepare()
+	waitFor(t, call, text)
+	return ex, call
+}
+
 // again begins a further attempt at the executor's job.
 func again(t *testing.T, ex *runner.Executor) *runner.Executor {
 	t.Helper()

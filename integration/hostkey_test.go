@@ -520,9 +520,7 @@ func TestPrivateKeysAreNowhereThatAnotherUserCanReadAndGoWithTheJob(t *testing.T
 func TestKeysThatAKilledPrepareLeavesGoWithItsMachine(t *testing.T) {
 	t.Parallel()
 	job := newJob(runner.Job{})
-	ex := start(t, newSettings(t, knownBy("injected")).runner(t), job)
-	call := ex.StartPrepare()
-	waitFor(t, call, "  key ")
+	ex, call := midway(t, newSettings(t, knownBy("injected")).runner(t), job, "  key ")
 	kill(t, call)
 	if _, err := os.Stat(filepath.Join(images, machineOf(job)+"-identity")); err != nil {
 		t.Errorf("the file with the keys is not where it was thought to be: %v", err)

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -179,6 +180,18 @@ func TestLeasesAreKeptByNetworksThatHandOutAddresses(t *testing.T) {
 	}
 	if _, err := c.KeepsLeases(ctx, "no-such-network"); !errors.Is(err, hypervisor.ErrNotFound) {
 		t.Errorf("a network that does not exist: %v", err)
+	}
+	// One of the same name, made anew, is another network.
+	xml := virsh(t, "net-dumpxml", "--inactive", with.name)
+	virsh(t, "net-destroy", with.name)
+	virsh(t, "net-undefine", with.name)
+	if _, err := c.KeepsLeases(ctx, with.name); !errors.Is(err, hypervisor.ErrNotFound) {
+		t.Errorf("a network that is gone: %v", err)
+	}
+	virsh(t, "net-define", document(t, "%s", regexp.MustCompile("<uuid>.*</uuid>").ReplaceAllString(xml, "")))
+	virsh(t, "net-start", with.name)
+	if keeps, err := c.KeepsLeases(ctx, with.name); err != nil || !keeps {
+		t.Errorf("a network that was made anew keeps leases: %v, %v", keeps, err)
 	}
 	for _, name := range []string{with.name, without.name, off.name, "no-such-network"} {
 		if err := c.ReleaseLeases(ctx, name, "52:54:00:00:00:01"); err != nil {

@@ -134,9 +134,7 @@ func TestAKeeperEndsWithAPrepareThatFails(t *testing.T) {
 	t.Parallel()
 	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL} {
 		job := newJob(runner.Job{})
-		ex := start(t, newSettings(t, tiny("")).runner(t), job)
-		call := ex.StartPrepare()
-		waitFor(t, call, "  machine ")
+		_, call := midway(t, newSettings(t, tiny("")).runner(t), job, "  machine ")
 		until(t, "the keeper has begun", func() bool { return keeper(t, machineOf(job)) != 0 })
 		if err := syscall.Kill(call.Pid(), sig); err != nil {
 			t.Fatal(err)

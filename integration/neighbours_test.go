@@ -265,9 +265,7 @@ func TestGCBesideRunningJobsRemovesOrphansAndNothingElse(t *testing.T) {
 func TestAGuestWhoseFilterHasLearnedAnotherAddressIsReached(t *testing.T) {
 	t.Parallel()
 	job := newJob(runner.Job{})
-	ex := start(t, newSettings(t, tiny("")).runner(t), job)
-	call := ex.StartPrepare()
-	waitFor(t, call, "  machine ")
+	ex, call := midway(t, newSettings(t, tiny("")).runner(t), job, "  machine ")
 	domain, file := machineOf(job), filepath.Join(newFolder(t), "interface.xml")
 	wrong := fmt.Sprintf(`<interface type="network"><mac address="%s"/><source network="default"/><port isolated="yes"/>
 		<model type="virtio"/><filterref filter="clean-traffic"><parameter name="IP" value="192.168.122.254"/></filterref>

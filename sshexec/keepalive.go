@@ -56,9 +56,9 @@ const patience = 200 * time.Millisecond
 
 // nudge sees to it that a guest behind a [Door] reads what it is told. A virtio
 // channel of Linux now and then tells nobody that something has come, and whoever
-// waits for it goes on waiting until something else comes: of a thousand sub-stages
-// right after a start from memory fifteen met that. So whenever nothing was said for
-// a moment the guest is asked for a sign of life, and once it gives one it has read
+// waits for it goes on waiting until something else comes: of six hundred sub-stages
+// right after a start from memory nine met that. So whenever nothing was said for a
+// moment the guest is asked for a sign of life, and once it gives one it has read
 // all there was.
 //
 // https://github.com/lmb/vimto/issues/29

@@ -367,11 +367,9 @@ const (
 // made reports whether s is made of these characters alone.
 func made(s, characters string) bool { return strings.Trim(s, characters) == "" }
 
-func imageName(s string) string {
-	if s == "" || len(s) > 63 || !made(s[:1], letters+digits) || !made(s, letters+digits+"._-:/") || made(s[len(s)-1:], ":/") {
-		return "is not a name for an image"
-	}
-	return ""
+// isImageName reports whether s can be an image's name.
+func isImageName(s string) bool {
+	return s != "" && len(s) <= 63 && made(s[:1], letters+digits) && made(s, letters+digits+"._-:/") && !made(s[len(s)-1:], ":/")
 }
 
 func modelName(s string) string {

@@ -166,7 +166,7 @@ func (l *loader) images(s *Settings, defaults Image, inOrder bool) {
 			l.report(at, unknownKey, whereTo(keyPath{"images"}, name, v, nil))
 			continue
 		}
-		if imageName(name) != "" {
+		if !isImageName(name) {
 			l.report(at, "is not a name for an image",
 				"write up to 63 letters, digits and the characters ._-:/ with a letter or digit first and no : or / last")
 		}
