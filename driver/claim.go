@@ -102,7 +102,7 @@ func (s *Stage) answers(ctx context.Context, ready standing) error {
 		return err
 	}
 	defer shell.Close()
-	return shell.Ping(ctx)
+	return ping(ctx, shell)
 }
 
 // fingerprint stands for everything that a machine is made of: the image's

@@ -96,7 +96,7 @@ func provision(image settings.Image, k keys) string {
 // which key, and which host key to expect, none when the first that is seen is
 // to be taken. Only the address is missing.
 func (mk *Maker) credentials(ctx context.Context, m machine) (knock, error) {
-	k := knock{User: m.image.User, Limit: attempt}
+	k := knock{User: m.image.User, Shell: string(m.image.Shell), Limit: attempt}
 	switch m.image.HostKey {
 	case settings.HostKeyInjected:
 		k.Own, k.HostKey = m.keys.client.Private(), m.keys.host.Public()

@@ -31,6 +31,7 @@ type knock struct {
 	HostKey string        `json:"host_key,omitempty"`
 	Limit   time.Duration `json:"limit,omitempty"`
 	Door    *sshexec.Door `json:"door,omitempty"`
+	Shell   string        `json:"shell,omitempty"` // what will run scripts
 	Keep    bool          `json:"keep,omitempty"`
 }
 
@@ -89,7 +90,7 @@ func Keep(ctx context.Context, dir, domain string, calls io.ReadCloser, answers 
 			continue
 		}
 		defer shell.Close()
-		relay, err := client.NewRelay()
+		relay, err := client.NewRelay(k.Shell)
 		if err != nil {
 			return err
 		}

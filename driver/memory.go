@@ -223,7 +223,7 @@ func (mk *Maker) restore(ctx context.Context, m *machine, from slot) (reached co
 	keeper = mk.startKeeper(*m)
 	reached, err = mk.tryShell(watched, keeper, knock{
 		Address: from.Address, User: m.image.User, Own: m.keys.client.Private(), HostKey: from.HostKey, Limit: attempt,
-		Door: &sshexec.Door{Socket: socket, Words: m.identify(keeper)},
+		Shell: string(m.image.Shell), Door: &sshexec.Door{Socket: socket, Words: m.identify(keeper)},
 	})
 	if err != nil {
 		keeper.release(false)

@@ -3,10 +3,12 @@ package sshexec
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"slices"
 	"sync"
+	"time"
 
 	"golang.org/x/crypto/ssh"
 )
@@ -20,10 +22,15 @@ type Relay struct {
 	client *Client
 	config *ssh.ServerConfig
 	key    *KeyPair
+	shell  string
+
+	waiting sync.Mutex // held while a shell is started, too
+	spare   *spare     // nil when none waits
 }
 
-// NewRelay returns a relay for c, with a host key of its own.
-func (c *Client) NewRelay() (*Relay, error) {
+// NewRelay returns a relay for c, with a host key of its own. Before each script it
+// has a shell wait on the guest, see [Command.Shell]; none if it is empty.
+func (c *Client) NewRelay(shell string) (*Relay, error) {
 	key, err := NewKeyPair()
 	if err != nil {
 		return nil, err
@@ -31,7 +38,7 @@ func (c *Client) NewRelay() (*Relay, error) {
 	// The guest's version tells a Client what kind of server is at the end.
 	config := &ssh.ServerConfig{NoClientAuth: true, ServerVersion: string(c.ssh.ServerVersion())}
 	config.AddHostKey(key.Signer())
-	return &Relay{c, config, key}, nil
+	return &Relay{client: c, config: config, key: key, shell: shell}, nil
 }
 
 // HostKey returns the relay's own host key, in the format of [Target.HostKey].
@@ -50,6 +57,7 @@ func (r *Relay) Serve(ctx context.Context, l net.Listener) error {
 		<-r.client.dead
 		cancel()
 	}()
+	go r.renew()
 	for {
 		conn, err := l.Accept()
 		switch {
@@ -70,6 +78,7 @@ const lostRequest = "lost@libvirt-driver"
 // serve serves one connection.
 func (r *Relay) serve(ctx context.Context, conn net.Conn) {
 	defer conn.Close()
+	defer func() { go r.renew() }() // whoever it was may have run a script
 	unhook := context.AfterFunc(ctx, func() { conn.Close() })
 	server, channels, requests, err := ssh.NewServerConn(conn, r.config)
 	if !unhook() || err != nil {
@@ -85,16 +94,18 @@ func (r *Relay) serve(ctx context.Context, conn net.Conn) {
 	var sessions sync.WaitGroup
 	defer sessions.Wait()
 	for asked := range channels {
-		if asked.ChannelType() != "session" {
+		switch asked.ChannelType() {
+		case "session":
+			sessions.Go(func() { r.session(asked) })
+		case spareChannel:
+			sessions.Go(func() { r.offer(asked) })
+		default:
 			asked.Reject(ssh.Prohibited, "only sessions are relayed")
-			continue
 		}
-		sessions.Go(func() { r.session(asked) })
 	}
 }
 
-// session relays one session: what it is asked to do, its streams, and how it
-// ended.
+// session relays a new session.
 func (r *Relay) session(asked ssh.NewChannel) {
 	far, told, err := r.client.ssh.OpenChannel("session", nil)
 	if err != nil {
@@ -106,6 +117,22 @@ func (r *Relay) session(asked ssh.NewChannel) {
 		asked.Reject(reason, err.Error())
 		return
 	}
+	join(asked, far, told, "")
+}
+
+// offer relays the session of the shell that waits.
+func (r *Relay) offer(asked ssh.NewChannel) {
+	s := r.take(string(asked.ExtraData()))
+	if s == nil {
+		asked.Reject(ssh.ResourceShortage, "no shell waits")
+		return
+	}
+	join(asked, s.ch, s.told, fmt.Sprintf(spareGreeting, s.marker, time.Since(s.begun).Milliseconds()))
+}
+
+// join relays one session: what it is asked to do, its streams, and how it ended.
+// The greeting comes first.
+func join(asked ssh.NewChannel, far ssh.Channel, told <-chan *ssh.Request, greeting string) {
 	defer far.Close()
 	near, requests, err := asked.Accept()
 	if err != nil {
@@ -113,6 +140,7 @@ func (r *Relay) session(asked ssh.NewChannel) {
 		return
 	}
 	defer near.Close()
+	io.WriteString(near, greeting)
 
 	var asking sync.Mutex // held while a request waits for its answer
 	go func() {

@@ -13,18 +13,23 @@ import (
 )
 
 // startRelay serves a connection to the server until the test's end and returns
-// how to reach it, and what Serve returned, later.
+// how to reach it, and what Serve returned, later. No shell waits.
 func startRelay(t *testing.T, s *server) (Target, <-chan error) {
 	t.Helper()
-	return startRelayTo(t, s.dial(t))
+	return serveRelay(t, newRelay(t, s.dial(t), ""))
 }
 
-func startRelayTo(t *testing.T, c *Client) (Target, <-chan error) {
+func newRelay(t *testing.T, c *Client, shell string) *Relay {
 	t.Helper()
-	relay, err := c.NewRelay()
+	relay, err := c.NewRelay(shell)
 	if err != nil {
 		t.Fatal(err)
 	}
+	return relay
+}
+
+func serveRelay(t *testing.T, relay *Relay) (Target, <-chan error) {
+	t.Helper()
 	path := filepath.Join(t.TempDir(), "relay")
 	l, err := net.Listen("unix", path)
 	if err != nil {
@@ -91,7 +96,7 @@ func TestRelayIsLikeAConnection(t *testing.T) {
 // A command that is over at once: all that its server has to say comes in one go, and whoever asked for it must get the
 // answer that it has begun before its end. sshd is rarely as fast.
 func TestRelayAnswersBeforeTheEnd(t *testing.T) {
-	target, _ := startRelayTo(t, hasty(t))
+	target, _ := serveRelay(t, newRelay(t, hasty(t), ""))
 	for range 300 {
 		c := dialTarget(t, target)
 		if err := c.Ping(t.Context()); err != nil {

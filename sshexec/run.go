@@ -69,17 +69,12 @@ func (c *Client) Run(ctx context.Context, cmd Command) error {
 			return fmt.Errorf("read the script: %w", err)
 		}
 	}
-	marker := newMarker()
-	line, input, err := c.invocation(cmd.Shell, marker, script)
+	s, marker, err := c.startShell(ctx, cmd.Shell)
 	if err != nil {
 		return err
 	}
-	s, err := c.start(ctx, line)
-	if err != nil {
-		return fmt.Errorf("start %s on %s: %w", cmd.Shell, c.addr, err)
-	}
 	defer s.close()
-	go s.feed(input)
+	go s.feed(c.input(cmd.Shell, marker, script))
 	out := s.copyOutput(cmd.Stdout, cmd.Stderr)
 	defer out.mute()
 
@@ -110,6 +105,23 @@ func (c *Client) Run(ctx context.Context, cmd Command) error {
 		return fmt.Errorf("script on %s succeeded, but its output could not be written: %w", c.addr, err)
 	}
 	return nil
+}
+
+// startShell gets a shell that waits for its script: one that a [Relay] has started
+// already, or a new one. The marker is in the environment of both.
+func (c *Client) startShell(ctx context.Context, shell string) (s *session, marker string, err error) {
+	if s, marker, ok := c.takeSpare(ctx, shell); ok {
+		return s, marker, nil
+	}
+	marker = newMarker()
+	line, err := c.invocation(shell, marker)
+	if err != nil {
+		return nil, "", err
+	}
+	if s, err = c.start(ctx, line); err != nil {
+		return nil, "", fmt.Errorf("start %s on %s: %w", shell, c.addr, err)
+	}
+	return s, marker, nil
 }
 
 // drain waits for the end of the output of a command that has ended, and
@@ -153,8 +165,8 @@ func newMarker() string {
 // for every byte: 1 MB takes half a minute instead of a second. And the first
 // half of a script whose connection breaks is better not executed at all.
 //
-// bash reads it with its read builtin, which costs no process: the given number
-// of bytes, which are the characters of the C locale. A login shell that is bash
+// bash reads it with its read builtin, which costs no process: a line with the
+// number of bytes, and then as many characters of the C locale. A login shell that is bash
 // does so itself, as starting another one takes 55 ms on an emulated guest. The
 // variable is gone before the script begins, in its first line, so that lines
 // keep their numbers. What a script can tell from a bash that reads its standard
@@ -168,36 +180,52 @@ func newMarker() string {
 // its script from cat, which takes some 30 ms more on an emulated guest. The
 // marker at the script's end tells that it is complete, and keeps the shell from
 // dropping newlines there.
+//
+// A shell may have waited for its script ([Relay]), and does not count that in
+// SECONDS.
 const (
-	bashLoader = `IFS= LC_ALL=C read -rN %d LIBVIRT_DRIVER_SCRIPT || exit; ` +
+	bashLoader = `read -r LIBVIRT_DRIVER_SCRIPT && ` +
+		`IFS= LC_ALL=C read -rN "$LIBVIRT_DRIVER_SCRIPT" LIBVIRT_DRIVER_SCRIPT || exit; SECONDS=0; ` +
 		`eval "unset -v LIBVIRT_DRIVER_SCRIPT; $LIBVIRT_DRIVER_SCRIPT"`
 	shLoader = `'LIBVIRT_DRIVER_SCRIPT=$(cat) || exit; ` +
 		`[ "$LIBVIRT_DRIVER_SCRIPT" != "${LIBVIRT_DRIVER_SCRIPT%"$LIBVIRT_DRIVER_RUN"}" ] || exit; ` +
+		`[ -z "${SECONDS+x}" ] || SECONDS=0; ` +
 		`eval "unset -v LIBVIRT_DRIVER_SCRIPT; ${LIBVIRT_DRIVER_SCRIPT%"$LIBVIRT_DRIVER_RUN"}"'`
 
 	powershellFlags = " -NoProfile -NoLogo -NonInteractive -InputFormat text -OutputFormat text -ExecutionPolicy Bypass "
 )
 
 // invocation returns what the account's login shell is to execute, made of
-// constants and the marker only, and its standard input. The marker is in the
-// environment of the command, and so in that of its children.
-func (c *Client) invocation(shell, marker string, script []byte) (line string, input []byte, err error) {
+// constants and the marker only. The marker is in the environment of the command,
+// and so in that of its children.
+func (c *Client) invocation(shell, marker string) (line string, err error) {
 	if c.windows {
-		line, err := windowsCommandLine(shell)
-		return line, script, err
+		return windowsCommandLine(shell)
 	}
 	line = "export LIBVIRT_DRIVER_RUN=" + marker + "; "
 	switch shell {
 	case "bash":
-		script = bytes.ReplaceAll(script, []byte{0}, nil) // as bash does; read would not count them
-		loader := fmt.Sprintf(bashLoader, len(script))
-		return line + "case ${BASH-} in */bash) ;; *) exec bash -c '" + loader + "';; esac; " + loader, script, nil
+		return line + "case ${BASH-} in */bash) ;; *) exec bash -c '" + bashLoader + "';; esac; " + bashLoader, nil
 	case "sh":
-		return line + "exec sh -c " + shLoader, append(script, marker...), nil
+		return line + "exec sh -c " + shLoader, nil
 	case "pwsh", "powershell":
-		return line + "exec " + shell + powershellFlags + "-Command -", script, nil
+		return line + "exec " + shell + powershellFlags + "-Command -", nil
 	}
-	return "", nil, fmt.Errorf("shell %q is not supported: choose bash, sh, pwsh or powershell", shell)
+	return "", fmt.Errorf("shell %q is not supported: choose bash, sh, pwsh or powershell", shell)
+}
+
+// input returns what a shell that was started so expects on its standard input.
+func (c *Client) input(shell, marker string, script []byte) []byte {
+	switch {
+	case c.windows:
+		return script
+	case shell == "bash":
+		script = bytes.ReplaceAll(script, []byte{0}, nil) // as bash does; read would not count them
+		return append(fmt.Appendln(nil, len(script)), script...)
+	case shell == "sh":
+		return append(script, marker...)
+	}
+	return script
 }
 
 // windowsCommandLine returns the command line for the cmd.exe or PowerShell of a

@@ -150,7 +150,11 @@ func everyByte() string {
 // same script from a pipe, as everybody else runs it.
 func TestRunSameAsStdin(t *testing.T) {
 	s := startServer(t, nil)
-	c := s.dial(t)
+	direct := s.dial(t)
+	relays := map[string]Target{}
+	for _, shell := range []string{"bash", "sh"} {
+		relays[shell], _ = serveRelay(t, newRelay(t, s.dial(t), shell))
+	}
 	for name, script := range map[string]string{
 		"every byte":              "printf %s '" + everyByte() + "'\n",
 		"no newline at the end":   "printf a; printf b",
@@ -175,34 +179,35 @@ func TestRunSameAsStdin(t *testing.T) {
 			if shell == "sh" && strings.HasPrefix(script, "#!/usr/bin/env bash") {
 				continue
 			}
-			stdout, stderr, err := run(t, c, shell, script)
-			var exit *ExitError
-			code := 0
-			if errors.As(err, &exit) {
-				code = exit.Code
-			} else if err != nil {
-				t.Errorf("%s, %s: %v", name, shell, err)
-				continue
-			}
-
 			var o, e bytes.Buffer
-			direct := exec.Command(shell)
-			direct.Stdin = strings.NewReader(script)
-			direct.Stdout, direct.Stderr = &o, &e
-			direct.Run()
-			if stdout != o.String() {
-				t.Errorf("%s, %s: stdout %q, want %q", name, shell, stdout, o.String())
-			}
-			// The messages of what is in an eval say so.
-			if strings.ReplaceAll(stderr, " eval:", "") != e.String() {
-				t.Errorf("%s, %s: stderr %q, want %q", name, shell, stderr, e.String())
-			}
-			want := direct.ProcessState.ExitCode()
+			stdin := exec.Command(shell)
+			stdin.Stdin = strings.NewReader(script)
+			stdin.Stdout, stdin.Stderr = &o, &e
+			stdin.Run()
+			want := stdin.ProcessState.ExitCode()
 			if shell == "bash" && name == "unset variable" {
 				want = 127 // see bashLoader
 			}
-			if code != want {
-				t.Errorf("%s, %s: status %d, want %d", name, shell, code, want)
+			for way, c := range map[string]*Client{"at once": direct, "by one that waited": dialTarget(t, relays[shell])} {
+				stdout, stderr, err := run(t, c, shell, script)
+				var exit *ExitError
+				code := 0
+				if errors.As(err, &exit) {
+					code = exit.Code
+				} else if err != nil {
+					t.Errorf("%s, %s, %s: %v", name, shell, way, err)
+					continue
+				}
+				if stdout != o.String() {
+					t.Errorf("%s, %s, %s: stdout %q, want %q", name, shell, way, stdout, o.String())
+				}
+				// The messages of what is in an eval say so.
+				if strings.ReplaceAll(stderr, " eval:", "") != e.String() {
+					t.Errorf("%s, %s, %s: stderr %q, want %q", name, shell, way, stderr, e.String())
+				}
+				if code != want {
+					t.Errorf("%s, %s, %s: status %d, want %d", name, shell, way, code, want)
+				}
 			}
 		}
 	}
@@ -475,10 +480,11 @@ func TestRunIncompleteScript(t *testing.T) {
 	const script = "echo executed\n# the rest\n\n\n"
 	marker := newMarker()
 	for _, shell := range []string{"bash", "sh"} {
-		line, input, err := new(Client).invocation(shell, marker, []byte(script))
+		line, err := new(Client).invocation(shell, marker)
 		if err != nil {
 			t.Fatal(err)
 		}
+		input := new(Client).input(shell, marker, []byte(script))
 		for cut := 0; cut <= len(input); cut++ {
 			cmd := exec.Command("sh", "-c", line)
 			cmd.Stdin = bytes.NewReader(input[:cut])
@@ -600,12 +606,12 @@ func TestLoginShells(t *testing.T) {
 	const script = "echo \"${BASH##*/} ${SHELLOPTS//*posix*/posix}\" | grep -v posix\n" +
 		"env | grep ^LIBVIRT_DRIVER; echo \"<$LIBVIRT_DRIVER_SCRIPT>\"; cat; echo é; (exit 3)"
 	for _, login := range []string{bash, "dash", posix} {
-		line, input, err := new(Client).invocation("bash", "mark", []byte(script))
+		line, err := new(Client).invocation("bash", "mark")
 		if err != nil {
 			t.Fatal(err)
 		}
 		shell := exec.Command(login, "-c", line)
-		shell.Stdin = bytes.NewReader(input)
+		shell.Stdin = bytes.NewReader(new(Client).input("bash", "mark", []byte(script)))
 		shell.Env = []string{"PATH=" + os.Getenv("PATH"), "LANG=C.UTF-8"}
 		out, err := shell.CombinedOutput()
 		lines := strings.SplitN(string(out), "\n", 2)
@@ -619,13 +625,13 @@ func TestLoginShells(t *testing.T) {
 }
 
 // TestCommandLine sees that what the guest's login shell gets is fixed but for
-// the marker and the script's length.
+// the marker.
 func TestCommandLine(t *testing.T) {
 	for _, windows := range []bool{false, true} {
 		c := &Client{windows: windows}
 		for _, shell := range []string{"bash", "sh", "pwsh", "powershell"} {
-			a, _, errA := c.invocation(shell, strings.Repeat("a", 32), []byte("echo 'one'"))
-			b, _, errB := c.invocation(shell, strings.Repeat("b", 32), []byte("$(reboot);"))
+			a, errA := c.invocation(shell, strings.Repeat("a", 32))
+			b, errB := c.invocation(shell, strings.Repeat("b", 32))
 			if windows && shell != "pwsh" && shell != "powershell" {
 				if errA == nil || errB == nil {
 					t.Errorf("%s on Windows: no error", shell)

@@ -67,25 +67,41 @@ func (c *Client) start(ctx context.Context, line string) (*session, error) {
 }
 
 func (c *Client) open(line string) (*session, error) {
-	ch, reqs, err := c.ssh.OpenChannel("session", nil)
+	begun := time.Now()
+	ch, requests, err := c.execute(line)
+	if err != nil {
+		return nil, err
+	}
+	return newSession(ch, requests, begun), nil
+}
+
+// execute has the server execute a command line.
+func (c *Client) execute(line string) (ssh.Channel, <-chan *ssh.Request, error) {
+	ch, requests, err := c.ssh.OpenChannel("session", nil)
 	var refusal *ssh.OpenChannelError
 	if errors.As(err, &refusal) {
-		return nil, fmt.Errorf("%w: %w", ErrRefused, err)
+		return nil, nil, fmt.Errorf("%w: %w", ErrRefused, err)
 	}
 	if err != nil {
-		return nil, c.lost()
+		return nil, nil, c.lost()
 	}
-	s := &session{ch: ch, begun: time.Now(), exited: make(chan struct{}), gone: make(chan struct{})}
-	go s.follow(reqs)
 	ok, err := ch.SendRequest("exec", true, ssh.Marshal(struct{ Line string }{line}))
+	if err == nil && ok {
+		return ch, requests, nil
+	}
+	go ssh.DiscardRequests(requests)
 	if err != nil {
-		return nil, c.lost()
+		return nil, nil, c.lost()
 	}
-	if !ok {
-		s.close()
-		return nil, errors.New("the server refused to execute a command")
-	}
-	return s, nil
+	ch.Close()
+	return nil, nil, errors.New("the server refused to execute a command")
+}
+
+// newSession returns the session of a command that ch leads to.
+func newSession(ch ssh.Channel, requests <-chan *ssh.Request, begun time.Time) *session {
+	s := &session{ch: ch, begun: begun, exited: make(chan struct{}), gone: make(chan struct{})}
+	go s.follow(requests)
+	return s
 }
 
 // follow waits for the exit status and for the channel's end.

@@ -1,0 +1,176 @@
+package sshexec
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// spareOn serves a connection to the server, and has shells wait.
+func spareOn(t *testing.T, s *server, shell string) (*Relay, Target) {
+	t.Helper()
+	relay := newRelay(t, s.dial(t), shell)
+	target, _ := serveRelay(t, relay)
+	return relay, target
+}
+
+// waiting returns the process ID of the server's one command, which is a shell that
+// waits; sh has a cat read for it.
+func (s *server) waiting(t *testing.T) int {
+	t.Helper()
+	var found []process
+	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+		found = slices.DeleteFunc(s.commands(), func(p process) bool { return p.name == "cat" })
+		if len(found) == 1 {
+			return found[0].pid
+		}
+	}
+	t.Fatalf("the server has the commands %v, want one", found)
+	return 0
+}
+
+func sayPid(t *testing.T, target Target, shell string) string {
+	t.Helper()
+	c := dialTarget(t, target)
+	defer c.Close()
+	said, stderr, err := run(t, c, shell, "echo $$")
+	if err != nil || stderr != "" {
+		t.Errorf("%v, stderr %q", err, stderr)
+	}
+	return strings.TrimSpace(said)
+}
+
+func TestAShellWaitsForEachScript(t *testing.T) {
+	s := startServer(t, nil)
+	for _, shell := range []string{"bash", "sh"} {
+		relay, target := spareOn(t, s, shell)
+		for i := range 3 {
+			pid := s.waiting(t)
+			if said := sayPid(t, target, shell); said != fmt.Sprint(pid) {
+				t.Errorf("%s, script %d was run by process %s, while %d waited", shell, i, said, pid)
+			}
+		}
+		s.waiting(t)
+		relay.client.Close()
+		s.waitNoCommands(t) // one that waits ends with its connection
+	}
+}
+
+// TestAShellThatWaitedIsLikeANewOne sees that it finds what the script before has
+// changed, and does not know that it has waited.
+func TestAShellThatWaitedIsLikeANewOne(t *testing.T) {
+	s := startServer(t, nil)
+	_, target := spareOn(t, s, "bash")
+	c := dialTarget(t, target)
+	if _, _, err := run(t, c, "bash", "echo 'echo hello; answer=42' >>~/.bashrc"); err != nil {
+		t.Fatal(err)
+	}
+	c.Close()
+	s.waiting(t)
+	time.Sleep(1500 * time.Millisecond)
+	stdout, stderr, err := run(t, dialTarget(t, target), "bash", `echo "$answer $SECONDS ${#LIBVIRT_DRIVER_RUN}"; env | grep -c "=$LIBVIRT_DRIVER_RUN$"`)
+	if stdout != "hello\n42 0 32\n1\n" || stderr != "" || err != nil {
+		t.Errorf("stdout %q, stderr %q, error %v", stdout, stderr, err)
+	}
+}
+
+// TestAShellThatDoesNotWaitAnyMore ends it in each of the ways there are: the
+// script is run all the same, once.
+func TestAShellThatDoesNotWaitAnyMore(t *testing.T) {
+	s := startServer(t, nil)
+	for _, signal := range []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL} {
+		relay, target := spareOn(t, s, "bash")
+		pid := s.waiting(t)
+		if err := syscall.Kill(pid, signal); err != nil {
+			t.Fatal(err)
+		}
+		for end := time.Now().Add(10 * time.Second); !relay.hasHeard(); time.Sleep(10 * time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatal("the relay does not hear that its shell has ended")
+			}
+		}
+		if said := sayPid(t, target, "bash"); said == "" || said == fmt.Sprint(pid) {
+			t.Errorf("after signal %v the script was run by process %q", signal, said)
+		}
+		if said, pid := s.waiting(t), sayPid(t, target, "bash"); fmt.Sprint(said) != pid {
+			t.Errorf("the next script was run by process %s, while %d waited", pid, said)
+		}
+		relay.client.Close()
+		s.waitNoCommands(t)
+	}
+}
+
+// hasHeard reports whether the relay could know that the shell has ended.
+func (r *Relay) hasHeard() bool {
+	r.waiting.Lock()
+	defer r.waiting.Unlock()
+	return len(r.spare.told) > 0
+}
+
+func TestAnotherShellIsNotTheOneThatWaits(t *testing.T) {
+	s := startServer(t, nil)
+	_, target := spareOn(t, s, "bash")
+	pid := s.waiting(t)
+	if said := sayPid(t, target, "sh"); said == "" || said == fmt.Sprint(pid) {
+		t.Errorf("sh is process %q, bash was %d", said, pid)
+	}
+	s.waiting(t)
+}
+
+// TestManyWantTheShellThatWaits runs scripts at once: one of them gets it, and each
+// is run once.
+func TestManyWantTheShellThatWaits(t *testing.T) {
+	s := startServer(t, nil)
+	_, target := spareOn(t, s, "bash")
+	pid := fmt.Sprint(s.waiting(t))
+	var all sync.WaitGroup
+	said := make([]string, 5)
+	for i := range said {
+		all.Go(func() { said[i] = sayPid(t, target, "bash") })
+	}
+	all.Wait()
+	seen := map[string]bool{}
+	for _, each := range said {
+		seen[each] = true
+	}
+	if len(seen) != len(said) || !seen[pid] || seen[""] {
+		t.Errorf("scripts were run by %v, while %s waited", said, pid)
+	}
+}
+
+// TestStopAfterAWait ends a script whose shell is much older than the script.
+func TestStopAfterAWait(t *testing.T) {
+	s := startServer(t, nil)
+	_, target := spareOn(t, s, "bash")
+	s.waiting(t)
+	time.Sleep(ageSlack + time.Second)
+	_, took, err := cancelWhenReady(t, dialTarget(t, target), tree)
+	var left *leftError
+	if errors.As(err, &left) || err == nil || took > 9*time.Second {
+		t.Errorf("error %v after %v", err, took)
+	}
+	pid := s.waiting(t) // the next one, and nothing of the tree
+	if text, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); !strings.Contains(string(text), "LIBVIRT_DRIVER_RUN") {
+		t.Errorf("%q is left", text)
+	}
+}
+
+// TestNoRoomBesideAShellThatWaits uses a server that gives one session at a time.
+func TestNoRoomBesideAShellThatWaits(t *testing.T) {
+	s := startServer(t, []string{"MaxSessions 1"})
+	_, target := spareOn(t, s, "bash")
+	pid := fmt.Sprint(s.waiting(t))
+	c := dialTarget(t, target)
+	if err := c.Ping(t.Context()); !errors.Is(err, ErrRefused) {
+		t.Errorf("Ping beside the shell that waits: %v", err)
+	}
+	if said := sayPid(t, target, "bash"); said != pid {
+		t.Errorf("the script was run by process %s, while %s waited", said, pid)
+	}
+}
