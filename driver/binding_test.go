@@ -3,6 +3,7 @@ package driver
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"sync"
@@ -173,6 +174,25 @@ func TestAMachineIsClaimedOnlyByAJobThatItFits(t *testing.T) {
 		change(s, &m)
 		if _, claimed := s.claim(context.Background(), &m); claimed != (what == "nothing (max)") {
 			t.Errorf("%s: claimed %v", what, claimed)
+		}
+	}
+}
+
+// A guest that gives one session to a connection has given it to the shell that waits for the job's first script.
+func TestAReadyMachineThatRefusesASessionIsAlive(t *testing.T) {
+	for _, each := range []struct {
+		ping  error
+		alive bool
+	}{{nil, true}, {fmt.Errorf("no: %w", sshexec.ErrRefused), true}, {sshexec.ErrLost, false}} {
+		s := newStage(t, nil)
+		s.stand(t, ownName)
+		s.Connect = func(context.Context, sshexec.Target) (Shell, error) { return &shell{ping: each.ping}, nil }
+		m, err := s.plan()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, claimed := s.claim(context.Background(), &m); claimed != each.alive {
+			t.Errorf("Ping said %v: claimed %v", each.ping, claimed)
 		}
 	}
 }

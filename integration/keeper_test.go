@@ -89,6 +89,25 @@ func TestAJobsSubStagesShareTheConnectionOfPrepare(t *testing.T) {
 	}
 }
 
+// A script's shell has been started when the sub-stage before was done with, and not when the script comes.
+func TestTheShellOfTheNextSubStageWaits(t *testing.T) {
+	t.Parallel()
+	ex := prepared(t, newSettings(t, tiny("")).runner(t), newJob(runner.Job{}))
+	const pause = 2 * time.Second
+	for range 3 {
+		time.Sleep(pause)
+		var up, begun float64
+		said := output(t, ex, `read -r up rest </proc/uptime; set -- $(cat /proc/$$/stat); echo "$up ${22}"`)
+		if _, err := fmt.Sscanf(said, "%g %g", &up, &begun); err != nil {
+			t.Fatalf("%q: %v", said, err)
+		}
+		if age := up - begun/100; age < pause.Seconds()-0.5 || age > 20 {
+			t.Errorf("the shell is %.2f s old, and nothing was run for %v", age, pause)
+		}
+	}
+	want(t, ex, ex.Cleanup(t.Context()), 0)
+}
+
 func TestAJobGoesOnWithoutItsKeeper(t *testing.T) {
 	t.Parallel()
 	job := newJob(runner.Job{})
