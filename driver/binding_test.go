@@ -3,7 +3,6 @@ package driver
 import (
 	"context"
 	"errors"
-	"fmt"
 	"os"
 	"path/filepath"
 	"sync"
@@ -178,21 +177,25 @@ func TestAMachineIsClaimedOnlyByAJobThatItFits(t *testing.T) {
 	}
 }
 
-// A guest that gives one session to a connection has given it to the shell that waits for the job's first script.
-func TestAReadyMachineThatRefusesASessionIsAlive(t *testing.T) {
-	for _, each := range []struct {
-		ping  error
-		alive bool
-	}{{nil, true}, {fmt.Errorf("no: %w", sshexec.ErrRefused), true}, {sshexec.ErrLost, false}} {
+func TestAReadyMachineIsClaimedOnlyIfItIsAlive(t *testing.T) {
+	for _, alive := range []bool{true, false} {
 		s := newStage(t, nil)
 		s.stand(t, ownName)
-		s.Connect = func(context.Context, sshexec.Target) (Shell, error) { return &shell{ping: each.ping}, nil }
+		s.Connect = func(context.Context, sshexec.Target) (Shell, error) {
+			if alive {
+				return &shell{}, nil
+			}
+			return &shell{ping: sshexec.ErrLost}, nil
+		}
 		m, err := s.plan()
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, claimed := s.claim(context.Background(), &m); claimed != each.alive {
-			t.Errorf("Ping said %v: claimed %v", each.ping, claimed)
+		if _, claimed := s.claim(context.Background(), &m); claimed != alive {
+			t.Errorf("claimed %v, alive %v", claimed, alive)
+		}
+		if _, there := s.host.domains[ownName]; there != alive {
+			t.Errorf("the domain is there: %v, alive %v", there, alive)
 		}
 	}
 }

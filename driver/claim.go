@@ -102,7 +102,7 @@ func (s *Stage) answers(ctx context.Context, ready standing) error {
 		return err
 	}
 	defer shell.Close()
-	return ping(ctx, shell)
+	return shell.Alive(ctx)
 }
 
 // fingerprint stands for everything that a machine is made of: the image's

@@ -291,10 +291,11 @@ type shell struct {
 	hangs   bool
 }
 
-func (s *shell) HostKey() string            { return "ssh-ed25519 AAAA" }
-func (s *shell) Ping(context.Context) error { return s.ping }
-func (s *shell) Abort(err error)            { s.aborted <- err }
-func (s *shell) Close() error               { return nil }
+func (s *shell) HostKey() string             { return "ssh-ed25519 AAAA" }
+func (s *shell) Ping(context.Context) error  { return s.ping }
+func (s *shell) Alive(context.Context) error { return s.ping }
+func (s *shell) Abort(err error)             { s.aborted <- err }
+func (s *shell) Close() error                { return nil }
 
 func (s *shell) Run(ctx context.Context, _ sshexec.Command) error {
 	if !s.hangs {

@@ -23,6 +23,8 @@ type Shell interface {
 	HostKey() string
 	// Ping opens a session and ends it.
 	Ping(context.Context) error
+	// Alive asks for a sign of life, which costs the guest nothing.
+	Alive(context.Context) error
 	// Run runs a script to its end.
 	Run(context.Context, sshexec.Command) error
 	// Abort ends a Run at once: the guest is known to be lost, and why.

@@ -138,15 +138,8 @@ func (mk *Maker) enter(ctx context.Context, domain string, contact contact) (She
 func (s *Stage) alive(ctx context.Context, shell Shell) bool {
 	ctx, cancel := context.WithTimeout(ctx, reconnect)
 	defer cancel()
-	return ping(ctx, shell) == nil
-}
-
-// ping asks the guest for a sign of life. Who refuses a session is alive.
-func ping(ctx context.Context, shell Shell) error {
-	if err := shell.Ping(ctx); !errors.Is(err, sshexec.ErrRefused) {
-		return err
-	}
-	return nil
+	err := shell.Ping(ctx)
+	return err == nil || errors.Is(err, sshexec.ErrRefused) // who refuses is alive
 }
 
 // explain says why a sub-stage was cut short: it was told to stop, or the guest

@@ -90,7 +90,7 @@ func (r *Relay) serve(ctx context.Context, conn net.Conn) {
 		}
 		conn.Close()
 	})()
-	go ssh.DiscardRequests(requests)
+	go r.answer(requests)
 	var sessions sync.WaitGroup
 	defer sessions.Wait()
 	for asked := range channels {
@@ -102,6 +102,17 @@ func (r *Relay) serve(ctx context.Context, conn net.Conn) {
 		default:
 			asked.Reject(ssh.Prohibited, "only sessions are relayed")
 		}
+	}
+}
+
+// answer answers what a connection itself is asked: for a sign of life, which is to
+// be the guest's.
+func (r *Relay) answer(requests <-chan *ssh.Request) {
+	for request := range requests {
+		if request.Type == signOfLife {
+			r.client.ssh.SendRequest(signOfLife, true, nil)
+		}
+		request.Reply(false, nil)
 	}
 }
 

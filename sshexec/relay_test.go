@@ -6,6 +6,7 @@ import (
 	"net"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -185,6 +186,35 @@ func TestRelayEndsWithItsConnection(t *testing.T) {
 	}
 	if _, err := Dial(t.Context(), target); !errors.Is(err, ErrUnreachable) {
 		t.Errorf("a later connection: %v", err)
+	}
+}
+
+// TestAlive asks for a sign of life directly and by way of a relay: it is the guest that is to give it.
+func TestAlive(t *testing.T) {
+	s := startServer(t, nil)
+	target, _ := startRelay(t, s)
+	for _, c := range []*Client{s.dial(t), dialTarget(t, target)} {
+		if err := c.Alive(t.Context()); err != nil {
+			t.Error(err)
+		}
+		for _, pid := range s.connections() {
+			syscall.Kill(pid, syscall.SIGSTOP)
+		}
+		ctx, cancel := context.WithTimeoutCause(t.Context(), time.Second/2, errors.New("too slow"))
+		defer cancel()
+		if err := c.Alive(ctx); !errors.Is(err, ErrLost) || !strings.Contains(err.Error(), "too slow") {
+			t.Errorf("a guest that stands still: %v", err)
+		}
+		for _, pid := range s.connections() {
+			syscall.Kill(pid, syscall.SIGCONT)
+		}
+	}
+	direct, relayed := s.dial(t), dialTarget(t, target)
+	s.kill()
+	for _, c := range []*Client{direct, relayed} {
+		if err := c.Alive(t.Context()); !errors.Is(err, ErrLost) {
+			t.Errorf("a guest that is gone: %v", err)
+		}
 	}
 }
 

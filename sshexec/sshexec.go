@@ -121,6 +121,17 @@ func (c *Client) Ping(ctx context.Context) error {
 	return nil
 }
 
+// Alive asks the server for a sign of life. It is far cheaper than Ping, and shows
+// no more than that the guest and its server still are where they were. The end of
+// ctx closes the Client.
+func (c *Client) Alive(ctx context.Context) error {
+	defer context.AfterFunc(ctx, func() { c.lose(context.Cause(ctx)) })()
+	if _, _, err := c.ssh.SendRequest(signOfLife, true, nil); err != nil {
+		return fmt.Errorf("ask %s for a sign of life: %w", c.addr, c.lost())
+	}
+	return nil
+}
+
 // Abort closes the connection at once, as [Client.Close] does, and makes what
 // is running on it fail with an error that wraps both [ErrLost] and cause. It is
 // for a caller that knows better than the network that the guest is gone.
