@@ -39,7 +39,7 @@ func newPatient(t *testing.T) *patient {
 		top: []string{`virt_type = "qemu"`},
 	}
 	command(t, "cp", filepath.Join(images, "tiny.qcow2"), p.volume)
-	command(t, "cp", filepath.Join(images, "tiny-vmlinuz"), p.kernel)
+	command(t, "cp", filepath.Join(images, "tiny-vmlinux"), p.kernel)
 	command(t, "install", "-m", "600", "/root/.ssh/id_rsa", p.key)
 	if err := os.Mkdir(p.logs, 0o755); err != nil {
 		t.Fatal(err)

@@ -74,7 +74,7 @@ const (
 // kvm tells which.
 var kvm = sync.OnceValue(func() string {
 	out, err := exec.Command("timeout", "20", "qemu-system-x86_64", "-accel", "kvm", "-m", "256", "-nographic", "-no-reboot",
-		"-kernel", filepath.Join(images, "tiny-vmlinuz"), "-append", "console=ttyS0 panic=-1 root=/dev/none").CombinedOutput()
+		"-kernel", filepath.Join(images, "tiny-vmlinux"), "-append", "console=ttyS0 panic=-1 root=/dev/none").CombinedOutput()
 	const timedOut = 124
 	var exit *exec.ExitError
 	switch text := string(out); {

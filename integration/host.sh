@@ -17,7 +17,7 @@
 #   pool default              /var/lib/libvirt/images, active, with the read-only volumes
 #     gitlab-runner-base.qcow2  the Debian guest: BIOS and UEFI
 #     tiny.qcow2                the tiny guest's empty disk
-#   tiny-vmlinuz, tiny-initrd   the tiny guest's kernel and initramfs, in the pool's directory
+#   tiny-vmlinux, tiny-initrd   the tiny guest's kernel and initramfs, in the pool's directory
 #   /root/.ssh/id_rsa         the key that lets the guests' user gitlab-runner in
 #   /etc/libvirt-driver       empty
 # These, /run, /var/lib/libvirt, /var/log/libvirt and /var/cache/libvirt are private; the rest of the

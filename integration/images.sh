@@ -10,7 +10,7 @@
 # For each image one line goes to stdout: its name and the directory that holds it, in the cache
 # ${LIBVIRT_DRIVER_CACHE:-/var/cache/libvirt-driver}:
 #   debian-HASH/disk.qcow2
-#   tiny-HASH/vmlinuz, tiny-HASH/initrd, tiny-HASH/disk.qcow2
+#   tiny-HASH/vmlinux, tiny-HASH/initrd, tiny-HASH/disk.qcow2
 # HASH is that of the recipe: images/build.sh, images/NAME and the SSH key. An image that is there is
 # not built again. Packages come from where this machine's apt gets Debian's.
 set -euo pipefail
@@ -92,7 +92,7 @@ recipe() {
 # build NAME DIR: builds the image in a temporary directory beside DIR and renames that to DIR.
 build() {
 	local name=$1 dir=$2 began=$SECONDS
-	need_packages mmdebstrap kmod cpio e2fsprogs dosfstools mtools fdisk syslinux syslinux-common qemu-utils
+	need_packages mmdebstrap kmod cpio lz4 e2fsprogs dosfstools mtools fdisk syslinux syslinux-common qemu-utils
 	say "building the $name image"
 	find "$cache" -maxdepth 1 \( -name "$name-*" -mtime +7 -o -name 'build.*' -mtime +0 \) -exec rm -rf {} +
 

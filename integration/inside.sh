@@ -92,7 +92,7 @@ configure_libvirt() {
 	install -d -m 755 /var/log/libvirt/qemu
 	present "$debian/disk.qcow2" "$images/gitlab-runner-base.qcow2"
 	present "$tiny/disk.qcow2" "$images/tiny.qcow2"
-	present "$tiny/vmlinuz" "$images/tiny-vmlinuz"
+	present "$tiny/vmlinux" "$images/tiny-vmlinux"
 	present "$tiny/initrd" "$images/tiny-initrd"
 
 	install -m 600 "$cache/id_rsa" /root/.ssh/id_rsa

@@ -63,7 +63,7 @@ func TestPrepareGetsOneStepFurtherWithEveryRepair(t *testing.T) {
 		{"no-such-machine", func() { set("machine", "") }},
 		{"no-such-network", func() { set("network", net.name) }},
 		{"start the network: virsh net-start " + net.name, func() { virsh(t, "net-start", net.name) }},
-		{"no-such-kernel", func() { set("kernel", filepath.Join(images, "tiny-vmlinuz")) }},
+		{"no-such-kernel", func() { set("kernel", filepath.Join(images, "tiny-vmlinux")) }},
 		// The guest runs a shell on its console, and nothing else.
 		{"none after 3s (timeouts.address)", func() { set("cmdline", "console=ttyS0 quiet no_timer_check", address, "300s") }},
 		{"read SSH key: open " + key, func() { command(t, "cp", "/root/.ssh/id_rsa", key) }},

@@ -17,20 +17,23 @@ import (
 	"testing"
 )
 
-// release builds the release of a copy of the tree into a new folder.
-func release(t *testing.T, tree string, env ...string) string {
+// release builds the release of a copy of the tree into a new folder, for these architectures or for all.
+func release(t *testing.T, tree, cache string, architectures ...string) string {
 	t.Helper()
 	folder := t.TempDir()
-	cmd := exec.Command(filepath.Join(tree, "packaging", "release.sh"), folder)
-	cmd.Env = append(append(os.Environ(), "VERSION=v0.0.0-test", "SOURCE_DATE_EPOCH=1700000000"), env...)
+	cmd := exec.Command(filepath.Join(tree, "packaging", "release.sh"), append([]string{folder}, architectures...)...)
+	cmd.Env = append(os.Environ(), "VERSION=v0.0.0-test", "SOURCE_DATE_EPOCH=1700000000")
+	if cache != "" {
+		cmd.Env = append(cmd.Env, "GOCACHE="+cache)
+	}
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	return folder
 }
 
-// Two builds, from different paths and the second with nothing cached, are the
-// same bytes, and what they hold is static.
+// Two builds from different paths are the same bytes, and so is one with nothing cached; what they hold is static. To
+// build everything from nothing takes a minute, and so that is done for one architecture.
 func TestReleaseIsReproducibleAndStatic(t *testing.T) {
 	tree, err := filepath.Abs("..")
 	if err != nil {
@@ -40,7 +43,8 @@ func TestReleaseIsReproducibleAndStatic(t *testing.T) {
 	if err := os.CopyFS(other, os.DirFS(tree)); err != nil {
 		t.Fatal(err)
 	}
-	first, second := release(t, tree), release(t, other, "GOCACHE="+t.TempDir())
+	first, second := release(t, tree, ""), release(t, other, "")
+	anew := release(t, other, t.TempDir(), "arm64")
 	archives, err := filepath.Glob(filepath.Join(first, "*.tar.gz"))
 	if err != nil || len(archives) != 5 {
 		t.Fatalf("archives %v, %v", archives, err)
@@ -55,12 +59,18 @@ func TestReleaseIsReproducibleAndStatic(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		b, err := os.ReadFile(filepath.Join(second, name))
-		if err != nil {
-			t.Fatal(err)
+		same := []string{second}
+		if strings.Contains(name, "arm64") {
+			same = append(same, anew)
 		}
-		if !bytes.Equal(a, b) {
-			t.Errorf("%s differs between two builds", name)
+		for _, folder := range same {
+			b, err := os.ReadFile(filepath.Join(folder, name))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !bytes.Equal(a, b) {
+				t.Errorf("%s differs between two builds", name)
+			}
 		}
 		if want := fmt.Sprintf("%x  %s\n", sha256.Sum256(a), name); !strings.Contains(string(sums), want) {
 			t.Errorf("SHA256SUMS has no %q", want)

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # release.sh: builds the release.
 #
-# usage: packaging/release.sh [FOLDER]
+# usage: packaging/release.sh [FOLDER [ARCHITECTURE...]]
 #
-# For each architecture that libvirt and QEMU serve well, FOLDER (dist by default) gets a tarball with the static
+# For each architecture, all that libvirt and QEMU serve well unless some are named, FOLDER (dist by default) gets a tarball with the static
 # binary, the sample of its settings and the part of GitLab Runner's config.toml that calls it, and all together get
 # checksums. The same commit gives the same bytes, whoever builds it wherever: no paths (-trimpath), no build id, and
 # the commit's time in place of the clock.
@@ -18,11 +18,13 @@ cd "$here/.."
 
 version=${VERSION:-$(git describe --tags --always --dirty)}
 epoch=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct)}
+shift $(($# > 0))
+(($#)) || set -- amd64 arm64 riscv64 ppc64le s390x
 stage=$(mktemp -d)
 trap 'rm -rf "$stage"' EXIT
 
 archives=()
-for arch in amd64 arm64 riscv64 ppc64le s390x; do
+for arch; do
 	name=libvirt-driver-$version-linux-$arch
 	mkdir "$stage/$name"
 	CGO_ENABLED=0 GOOS=linux GOARCH=$arch go build -tags urfave_cli_no_docs -trimpath -buildvcs=false \

@@ -71,6 +71,7 @@ func TestADoorLeadsToAServer(t *testing.T) {
 }
 
 func TestADoorThatDoesNotOpen(t *testing.T) {
+	t.Parallel()
 	for name, test := range map[string]struct {
 		greeting string
 		then     func(string, net.Conn)
@@ -102,6 +103,7 @@ func TestADoorThatDoesNotOpen(t *testing.T) {
 // TestWhatADoorKeepsBack has every third of the packets that the guest is told kept
 // back until the next one comes, as a virtio channel may do it.
 func TestWhatADoorKeepsBack(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, nil)
 	path := door(t, Greeting+"\n", func(_ string, conn net.Conn) {
 		io.WriteString(conn, Open+"\n")

@@ -146,6 +146,7 @@ func TestManyWantTheShellThatWaits(t *testing.T) {
 
 // TestStopAfterAWait ends a script whose shell is much older than the script.
 func TestStopAfterAWait(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, nil)
 	_, target := spareOn(t, s, "bash")
 	s.waiting(t)
