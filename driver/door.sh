@@ -48,6 +48,7 @@ sshd=$$
 	prepare </dev/null >/dev/null 2>"$0.shut" || exit
 	echo >"$0.ready"
 	echo 'libvirt-driver: the door'
+	read -r greeted rest </proc/uptime
 	hear
 	become </dev/null 3>&1 >/dev/null 2>&1
 	echo 'libvirt-driver: open'

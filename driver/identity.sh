@@ -58,8 +58,8 @@ noticed() {
 # hear hears from the host what to become.
 hear() {
 	read -r clock || exit
-	{ date -s "@$clock" || date -s "@${clock%.*}"; } </dev/null >/dev/null 2>&1 &
-	setting=$! # first: the clock goes on meanwhile
+	set_clock </dev/null >/dev/null 2>&1 &
+	setting=$!
 	read -r seed
 	echo "$seed" >&4
 	read -r machine_id
@@ -73,6 +73,15 @@ hear() {
 		host_private="$host_private$line
 "
 	done
+}
+
+# set_clock sets the clock to what the host said, and what has passed since it was greeted.
+set_clock() {
+	read -r now rest </proc/uptime
+	passed=$((${now%.*}${now#*.} - ${greeted%.*}${greeted#*.})) # in hundredths
+	now=$((${clock%.*}${clock#*.} + passed * 10000))           # in millionths
+	seconds=${now%??????}
+	date -s "@$seconds.${now#"$seconds"}" || date -s "@$seconds"
 }
 
 shut() {
@@ -117,6 +126,7 @@ network() {
 			;;
 		esac
 	done
+	set_clock # once more: the first time date itself took long to start
 	sleep "$patience"
 	read -r server </run/sshd.pid && kill -HUP "$server" || pkill -HUP -o -x sshd
 
