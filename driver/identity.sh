@@ -113,6 +113,8 @@ become() {
 
 # network makes ready for a network that does not answer yet, and tells what answers on it who it is.
 network() {
+	set_clock & # once more: the first time date itself took long to start
+
 	# The bridge of the network may say nothing to a new port for some seconds. Until it does, packets wait for the
 	# answer to a question that is asked again and again, rather than being lost.
 	for dir in /proc/sys/net/ipv4/neigh/*; do
@@ -126,7 +128,6 @@ network() {
 			;;
 		esac
 	done
-	set_clock # once more: the first time date itself took long to start
 	sleep "$patience"
 	read -r server </run/sshd.pid && kill -HUP "$server" || pkill -HUP -o -x sshd
 
