@@ -345,7 +345,7 @@ func (n network) silenceSSH(t *testing.T) (listen func()) {
 // it, one setting a line; more is put after it.
 //
 // On a busy host an emulated guest's timer is late, which Linux takes for a broken one, and panics, unless told
-// no_timer_check. The kernel's tests of its own cryptography take it half a second, emulated.
+// no_timer_check. The kernel's tests of its own cryptography take it long.
 func tiny(image string, more ...string) string {
 	return `virt_type = "qemu"
 default_image = "tiny"

@@ -106,13 +106,16 @@ func (r *Relay) serve(ctx context.Context, conn net.Conn) {
 }
 
 // answer answers what a connection itself is asked: for a sign of life, which is to
-// be the guest's.
+// be the guest's. Where that has none to give the connection ends without an answer.
 func (r *Relay) answer(requests <-chan *ssh.Request) {
 	for request := range requests {
+		var err error
 		if request.Type == signOfLife {
-			r.client.ssh.SendRequest(signOfLife, true, nil)
+			_, _, err = r.client.ssh.SendRequest(signOfLife, true, nil)
 		}
-		request.Reply(false, nil)
+		if err == nil {
+			request.Reply(false, nil)
+		}
 	}
 }
 

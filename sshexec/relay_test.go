@@ -209,11 +209,19 @@ func TestAlive(t *testing.T) {
 			syscall.Kill(pid, syscall.SIGCONT)
 		}
 	}
-	direct, relayed := s.dial(t), dialTarget(t, target)
+	clients := []*Client{s.dial(t), dialTarget(t, target)}
+	for _, pid := range s.connections() {
+		syscall.Kill(pid, syscall.SIGSTOP)
+	}
+	asked := make(chan error)
+	for _, c := range clients {
+		go func() { asked <- c.Alive(t.Context()) }()
+	}
+	time.Sleep(100 * time.Millisecond)
 	s.kill()
-	for _, c := range []*Client{direct, relayed} {
-		if err := c.Alive(t.Context()); !errors.Is(err, ErrLost) {
-			t.Errorf("a guest that is gone: %v", err)
+	for range clients {
+		if err := <-asked; !errors.Is(err, ErrLost) {
+			t.Errorf("a guest that dies when it is asked: %v", err)
 		}
 	}
 }

@@ -166,9 +166,9 @@ func newMarker() string {
 // half of a script whose connection breaks is better not executed at all.
 //
 // bash reads it with its read builtin, which costs no process: a line with the
-// number of bytes, and then as many characters of the C locale. A login shell that is bash
-// does so itself, as starting another one takes 55 ms on an emulated guest. The
-// variable is gone before the script begins, in its first line, so that lines
+// number of bytes, and then as many characters of the C locale. A login shell that
+// is bash does so itself, as starting another one takes 55 ms on an emulated guest.
+// The variable is gone before the script begins, in its first line, so that lines
 // keep their numbers. What a script can tell from a bash that reads its standard
 // input itself: xtrace has one more plus sign, syntax errors say "eval:", its
 // standard input is empty instead of its own rest, what ~/.bashrc has set without

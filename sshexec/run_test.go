@@ -151,9 +151,9 @@ func everyByte() string {
 func TestRunSameAsStdin(t *testing.T) {
 	s := startServer(t, nil)
 	direct := s.dial(t)
-	relays := map[string]Target{}
+	relays, targets := map[string]*Relay{}, map[string]Target{}
 	for _, shell := range []string{"bash", "sh"} {
-		relays[shell], _ = serveRelay(t, newRelay(t, s.dial(t), shell))
+		relays[shell], targets[shell] = spareOn(t, s, shell)
 	}
 	for name, script := range map[string]string{
 		"every byte":              "printf %s '" + everyByte() + "'\n",
@@ -188,7 +188,9 @@ func TestRunSameAsStdin(t *testing.T) {
 			if shell == "bash" && name == "unset variable" {
 				want = 127 // see bashLoader
 			}
-			for way, c := range map[string]*Client{"at once": direct, "by one that waited": dialTarget(t, relays[shell])} {
+			relays[shell].await(t)
+			relayed := dialTarget(t, targets[shell])
+			for way, c := range map[string]*Client{"at once": direct, "by one that waited": relayed} {
 				stdout, stderr, err := run(t, c, shell, script)
 				var exit *ExitError
 				code := 0
@@ -209,6 +211,10 @@ func TestRunSameAsStdin(t *testing.T) {
 					t.Errorf("%s, %s, %s: status %d, want %d", name, shell, way, code, want)
 				}
 			}
+			if relays[shell].waits() {
+				t.Errorf("%s, %s: the shell that waited waits still", name, shell)
+			}
+			relayed.Close() // the next one is started then
 		}
 	}
 }

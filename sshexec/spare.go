@@ -9,9 +9,9 @@ import (
 )
 
 // A spare is a shell on the guest that waits for its script. To start one is most
-// of what a short script costs: on an emulated guest a tenth of a second, and
-// PowerShell seconds. So a [Relay] starts the next script's shell when the last one
-// is done with, and not before: it is to find what that has changed.
+// of what a short script costs, on an emulated guest a tenth of a second. So a
+// [Relay] starts the next script's shell when the last one is done with, and not
+// before: it is to find what that has changed.
 type spare struct {
 	ch     ssh.Channel
 	told   <-chan *ssh.Request // has room for how the shell ended, which is all that comes
@@ -28,9 +28,9 @@ const spareChannel = "spare@libvirt-driver"
 // many milliseconds it has been there.
 const spareGreeting = "%s %d\n"
 
-// spare starts a shell that waits. It returns nil where that is not possible:
+// startSpare starts a shell that waits. It returns nil where that is not possible:
 // whoever needs one then will hear why.
-func (c *Client) spare(shell string) *spare {
+func (c *Client) startSpare(shell string) *spare {
 	marker := newMarker()
 	line, err := c.invocation(shell, marker)
 	if err != nil {
@@ -59,7 +59,7 @@ func (r *Relay) renew() {
 	r.waiting.Lock()
 	defer r.waiting.Unlock()
 	if r.spare == nil {
-		r.spare = r.client.spare(r.shell)
+		r.spare = r.client.startSpare(r.shell)
 	}
 }
 

@@ -35,6 +35,23 @@ func (s *server) waiting(t *testing.T) int {
 	return 0
 }
 
+// waits reports whether a shell waits.
+func (r *Relay) waits() bool {
+	r.waiting.Lock()
+	defer r.waiting.Unlock()
+	return r.spare != nil
+}
+
+// await waits until a shell waits.
+func (r *Relay) await(t *testing.T) {
+	t.Helper()
+	for end := time.Now().Add(10 * time.Second); !r.waits(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("no shell waits")
+		}
+	}
+}
+
 func sayPid(t *testing.T, target Target, shell string) string {
 	t.Helper()
 	c := dialTarget(t, target)
