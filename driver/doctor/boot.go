@@ -165,7 +165,7 @@ func (v *visit) guest(ctx context.Context) []Finding {
 	if err != nil {
 		return append(found, v.name(unknown(err), "inside"))
 	}
-	p := patient{image: v.image, told: told, concurrent: v.jobs.n}
+	p := patient{image: v.image, told: told, concurrent: v.jobs.n, emulated: v.watch.emulated}
 	switch told.one("root") {
 	case "rootfs", "tmpfs", "ramfs":
 		// What is wrong is wrong in the initramfs, which virt-customize does not
@@ -179,11 +179,20 @@ func (v *visit) guest(ctx context.Context) []Finding {
 	return found
 }
 
-// watch is a hypervisor that notes when a guest got how far.
+// watch is a hypervisor that notes what is done with a guest, and when it got how
+// far.
 type watch struct {
 	driver.Hypervisor
 	started, addressed, shell time.Time
 	address                   netip.Addr
+	emulated                  bool
+}
+
+// Capabilities notes how the guest's processors are run.
+func (w *watch) Capabilities(ctx context.Context, virtType, machineType string) (hypervisor.Capabilities, error) {
+	host, err := w.Hypervisor.Capabilities(ctx, virtType, machineType)
+	w.emulated = host.VirtType == string(settings.VirtQEMU)
+	return host, err
 }
 
 // StartDomain notes when the domain is started.

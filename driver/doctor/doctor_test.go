@@ -236,6 +236,13 @@ func TestAGuestsAnswersAreJudged(t *testing.T) {
 			t.Errorf("%s: %+v", name, got)
 		}
 	}
+	addresses := told{said: map[string][]string{"costs": {"addresses"}}}
+	for emulated, want := range map[bool]Level{false: OK, true: Warning} {
+		p := patient{told: addresses, image: image, volume: "/pool/base", emulated: emulated}
+		if found := p.bootCosts(); found.Level != want || strings.Contains(found.Remedy, "randomize_va_space") != emulated {
+			t.Errorf("random addresses in a guest that is emulated %v: %+v", emulated, found)
+		}
+	}
 	p := patient{image: image}
 	if found := p.git(); found.Level != Failure || found.Remedy != "" {
 		t.Errorf("a guest whose system is not on its disk: %+v", found)

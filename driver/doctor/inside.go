@@ -37,6 +37,7 @@ type patient struct {
 	// volume is the base volume's file; "" when the guest's system is not on it.
 	volume     string
 	concurrent int
+	emulated   bool
 }
 
 // inside is everything that is looked at in a guest.
@@ -193,13 +194,18 @@ func (p patient) sshd() Finding {
 
 // bootCosts names what is in the image that makes its boot slow.
 func (p patient) bootCosts() Finding {
-	var costs, units []string
+	var costs, units, changes []string
 	for _, line := range p.said["costs"] {
 		switch what, which, _ := strings.Cut(line, " "); what {
 		case "console":
 			costs = append(costs, "a kernel that tells its boot on the console (not quiet)")
 		case "kernel":
 			costs = append(costs, fmt.Sprintf("kernel %s, which is not made for virtual machines", which))
+		case "addresses":
+			if p.emulated {
+				costs = append(costs, "programs at random addresses, which QEMU translates anew at each start")
+				changes = append(changes, "--write", "/etc/sysctl.d/norandmaps.conf:kernel.randomize_va_space=0")
+			}
 		case "unit":
 			units = append(units, which)
 		}
@@ -212,7 +218,10 @@ func (p patient) bootCosts() Finding {
 	}
 	remedy := ""
 	if len(units) > 0 {
-		remedy = p.customize("--run-command", "systemctl disable "+strings.Join(units, " "))
+		changes = append(changes, "--run-command", "systemctl disable "+strings.Join(units, " "))
+	}
+	if len(changes) > 0 {
+		remedy = p.customize(changes...)
 	}
 	if costs = append(costs, units...); len(costs) == 0 {
 		return fine("nothing that is known to be slow")
