@@ -303,6 +303,7 @@ func TestDoctorAsksAGuestAndLeavesNothingOfIt(t *testing.T) {
 		"machine-id": {doctor.Failure, "0123456789abcdef0123456789abcdef is in the image"},
 		"host keys":  {doctor.Warning, "ssh_host_rsa_key is in the image"}, "sshd": {doctor.Warning, "UseDNS"},
 		"git": {doctor.Failure, "there is none"}, "git-lfs": {doctor.Warning, "there is none"}, "gitlab-runner": {doctor.Warning, "there is none"},
+		"boot costs": {doctor.Warning, "programs at random addresses"},
 	} {
 		wantFinding(t, findings, check, found.level, found.text)
 	}
