@@ -45,7 +45,7 @@ case $(uname -r) in
 *cloud* | *virtual* | *kvm*) ;;
 *) [ ! -e /etc/debian_version ] || echo "costs kernel $(uname -r)" ;; # elsewhere there is no other
 esac
-read -r random </proc/sys/kernel/randomize_va_space && [ "$random" = 0 ] || echo 'costs addresses'
+[ "$(cat /proc/sys/kernel/randomize_va_space)" = 0 ] || echo 'costs addresses'
 systemctl list-unit-files --no-legend --state=enabled 2>/dev/null </dev/null \
 	cloud-init.service cloud-init-network.service NetworkManager-wait-online.service systemd-networkd-wait-online.service \
 	snapd.service unattended-upgrades.service apt-daily.timer apt-daily-upgrade.timer man-db.timer |
