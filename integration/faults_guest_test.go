@@ -14,7 +14,7 @@ import (
 
 // first returns the setting by which the tiny guest executes shell commands before it starts.
 func first(commands string) string {
-	return fmt.Sprintf("cmdline = %q", `console=ttyS0 quiet no_timer_check cryptomgr.notests norandmaps rdinit=/bin/sh -- -c "`+commands+`; exec /init"`)
+	return fmt.Sprintf("cmdline = %q", cmdline+` rdinit=/bin/sh -- -c "`+commands+`; exec /init"`)
 }
 
 // guestFaults queues what goes wrong in a guest.

@@ -341,12 +341,13 @@ func (n network) silenceSSH(t *testing.T) (listen func()) {
 	return listen
 }
 
+// cmdline is the tiny guest's. On a busy host an emulated guest's timer is late, which Linux takes for a broken one, and
+// panics, unless told no_timer_check. The kernel's tests of its own cryptography take it long, and so do programs whose
+// addresses change from start to start (norandmaps): QEMU translates them anew.
+const cmdline = "console=ttyS0 quiet no_timer_check cryptomgr.notests norandmaps"
+
 // tiny returns settings with one image, the tiny guest's, that serves jobs without image:. image changes or adds to
 // it, one setting a line; more is put after it.
-//
-// On a busy host an emulated guest's timer is late, which Linux takes for a broken one, and panics, unless told
-// no_timer_check. The kernel's tests of its own cryptography take it long, and so do programs whose addresses change
-// from start to start (norandmaps): QEMU translates them anew.
 func tiny(image string, more ...string) string {
 	return `virt_type = "qemu"
 default_image = "tiny"
@@ -356,7 +357,7 @@ vcpus = 1
 memory = "256 MiB"
 kernel = "` + images + `/tiny-vmlinux"
 initrd = "` + images + `/tiny-initrd"
-cmdline = "console=ttyS0 quiet no_timer_check cryptomgr.notests norandmaps"
+cmdline = "` + cmdline + `"
 [images.tiny]
 ` + image + "\n" + strings.Join(more, "\n") + "\n"
 }

@@ -245,7 +245,7 @@ func TestAGuestWhoseAgentDoesNotTellItsKeyIsNotConnectedTo(t *testing.T) {
 			impostor := newImpostor(t, net)
 			impostor.stepIn(t)
 			ex := start(t, newSettings(t, tiny(fmt.Sprintf("network = %q\nhost_key = \"agent\"\n", net.name)+
-				`cmdline = 'console=ttyS0 quiet no_timer_check cryptomgr.notests norandmaps rdinit=/bin/sh -- -c "`+test.before+`; exec /init"'`,
+				first(test.before),
 				"[timeouts]", `ssh = "8s"`)).runner(t), newJob(runner.Job{}))
 			want(t, ex, ex.Prepare(t.Context()), 2, test.complaint, "image tiny", "install and enable qemu-guest-agent in the image", `or set host_key = "pinned"`)
 			if said := impostor.said(t); strings.Contains(said, "Connection from") {

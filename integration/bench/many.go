@@ -218,8 +218,9 @@ func parseSizes(text string) ([]int, error) {
 // tiny are the settings of an image that boots in a few seconds even when it is
 // emulated, and that many of fit into a host. On a busy host an emulated guest's
 // timer is late, which Linux takes for a broken one, and panics, unless told
-// no_timer_check. The kernel's tests of its own cryptography take it long, and so do programs whose addresses change
-// from start to start (norandmaps): QEMU translates them anew.
+// no_timer_check. The kernel's tests of its own cryptography take it long, and so
+// do programs whose addresses change from start to start (norandmaps): QEMU
+// translates them anew.
 const tiny = `volume = "tiny.qcow2"
 vcpus = 1
 memory = "256 MiB"
