@@ -209,6 +209,9 @@ func newMaker(host *driver.Host) *driver.Maker {
 		Connect: func(ctx context.Context, target sshexec.Target) (driver.Shell, error) {
 			return sshexec.Dial(ctx, target)
 		},
+		ConnectRelay: func(ctx context.Context, path, token string) (driver.Shell, error) {
+			return sshexec.DialRelay(ctx, path, token)
+		},
 	}
 	if host.Settings.KeepConnection {
 		maker.StartKeeper = driver.StartKeeper

@@ -23,8 +23,8 @@ type contact struct {
 	Address string `json:"address"`
 	// HostKey is in authorized_keys format.
 	HostKey string `json:"host_key"`
-	// Relay is the host key of the machine's keeper, in the same format; empty
-	// when the connection is not kept.
+	// Relay is the token that the machine's keeper expects; empty when the
+	// connection is not kept.
 	Relay string `json:"relay,omitempty"`
 	// User logs in, with the private key in the file Key or with Own, the private
 	// key that was made for this machine alone, and runs scripts with Shell.

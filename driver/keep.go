@@ -3,7 +3,6 @@ package driver
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -14,8 +13,8 @@ import (
 )
 
 // A keeper is a process of the driver's own that holds one SSH connection to a
-// job's guest open, from prepare to cleanup, and relays its sessions to the
-// job's sub-stages: the handshake and the login are most of what a sub-stage
+// job's guest open, from prepare to cleanup, and runs the scripts of the job's
+// sub-stages on it: the handshake and the login are most of what a sub-stage
 // would cost. This file is that process; keeper.go is what stages know of it.
 //
 // prepare starts it, has it knock at the guest until it is let in, and then
@@ -35,20 +34,13 @@ type knock struct {
 	Keep    bool          `json:"keep,omitempty"`
 }
 
-// answer is what came of a knock.
+// answer is what came of a knock: why there is no shell, or else the guest's host
+// key, and the token that the relay expects.
 type answer struct {
-	// HostKey is the guest's and Relay the relay's.
+	sshexec.Verdict
 	HostKey string `json:"host_key,omitempty"`
 	Relay   string `json:"relay,omitempty"`
-	// Err says why there is no shell, and Kind what a caller can do about it:
-	// an index into outcomes.
-	Err  string `json:"error,omitempty"`
-	Kind int    `json:"kind,omitempty"`
 }
-
-// outcomes are the errors on which prepare decides. The first stands for every
-// other, and of several that an error is, the last counts.
-var outcomes = []error{errors.New("no session is possible"), sshexec.ErrUnreachable, sshexec.ErrKeyRejected, sshexec.ErrHostKey, syscall.ECONNREFUSED}
 
 // Keep is the keeper's whole life. It returns when the connection is lost, or
 // when calls end before it was told to go on by itself, as they do when prepare
@@ -60,7 +52,7 @@ func Keep(ctx context.Context, dir, domain string, calls io.ReadCloser, answers 
 	}
 	defer leave()
 	syscall.Umask(0o077) // the socket is for this user alone, whatever became of its folder
-	l, err := net.Listen("unix", relayPath(dir, domain))
+	l, err := net.ListenUnix(sshexec.RelayNetwork, &net.UnixAddr{Name: relayPath(dir, domain), Net: sshexec.RelayNetwork})
 	if err != nil {
 		return fmt.Errorf("make a socket for sub-stages: %w", err)
 	}
@@ -84,19 +76,16 @@ func Keep(ctx context.Context, dir, domain string, calls io.ReadCloser, answers 
 			return client, err
 		})
 		if err != nil {
-			if err := reply.Encode(refusal(err)); err != nil {
+			if err := reply.Encode(answer{Verdict: sshexec.Judge(err)}); err != nil {
 				return err
 			}
 			continue
 		}
 		defer shell.Close()
-		relay, err := client.NewRelay(k.Shell)
-		if err != nil {
-			return err
-		}
+		relay := client.NewRelay(k.Shell)
 		served := make(chan error, 1)
 		go func() { served <- relay.Serve(ctx, l) }()
-		if err := reply.Encode(answer{HostKey: client.HostKey(), Relay: relay.HostKey()}); err != nil {
+		if err := reply.Encode(answer{HostKey: client.HostKey(), Relay: relay.Token()}); err != nil {
 			return err
 		}
 		select {
@@ -171,14 +160,4 @@ func (k knock) target(keys sshexec.Keyring) (sshexec.Target, error) {
 	}
 	target.Key = own.Signer()
 	return target, nil
-}
-
-func refusal(err error) answer {
-	a := answer{Err: err.Error()}
-	for kind, outcome := range outcomes {
-		if errors.Is(err, outcome) {
-			a.Kind = kind
-		}
-	}
-	return a
 }

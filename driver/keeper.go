@@ -15,8 +15,6 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
-
-	"libvirt-driver/sshexec"
 )
 
 // Keeper is the process that keeps the connection to a job's guest, as the
@@ -112,23 +110,14 @@ func (k *Keeper) knock(ctx context.Context, call knock) (contact, error) {
 		k.failed = true
 		return contact{}, fmt.Errorf("%w: %w", errNoKeeper, err)
 	}
-	if a.Err != "" {
-		return contact{}, &refused{outcomes[max(0, min(a.Kind, len(outcomes)-1))], a.Err}
+	if err := a.Err(); err != nil {
+		return contact{}, err
 	}
 	return contact{Address: call.Address, HostKey: a.HostKey, Relay: a.Relay}, nil
 }
 
 // errNoKeeper says that the connection cannot be kept.
 var errNoKeeper = errors.New("the process that keeps the connection has failed")
-
-// refused is a knock's error, which has crossed a pipe.
-type refused struct {
-	kind error
-	text string
-}
-
-func (e *refused) Error() string { return e.text }
-func (e *refused) Unwrap() error { return e.kind }
 
 // release lets the keeper go on by itself where keep is set, and else ends it.
 func (k *Keeper) release(keep bool) {
@@ -248,5 +237,5 @@ func gone(err error) error {
 func (mk *Maker) enterRelay(ctx context.Context, domain string, c contact) (Shell, error) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	return mk.Connect(ctx, sshexec.Target{Address: relayPath(mk.LockDir, domain), HostKey: c.Relay})
+	return mk.ConnectRelay(ctx, relayPath(mk.LockDir, domain), c.Relay)
 }

@@ -12,12 +12,16 @@ type Maker struct {
 	Host
 	// Connect opens an SSH session to a guest.
 	Connect func(context.Context, sshexec.Target) (Shell, error)
+	// ConnectRelay does so by way of a machine's keeper, which has its socket at
+	// path and expects the token.
+	ConnectRelay func(ctx context.Context, path, token string) (Shell, error)
 	// StartKeeper starts the process that keeps the connection to a machine; see
 	// [StartKeeper]. Without it every sub-stage makes a connection of its own.
 	StartKeeper func(dir, machine string) (*Keeper, error)
 }
 
-// Shell is what the stages need of a guest. [sshexec.Client] has it.
+// Shell is what the stages need of a guest. [sshexec.Client] and
+// [sshexec.RelayClient] have it.
 type Shell interface {
 	// HostKey returns the key that the guest showed, in authorized_keys format.
 	HostKey() string

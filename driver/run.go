@@ -68,6 +68,15 @@ func (s *Stage) Run(ctx context.Context, script string) error {
 		err = s.perform(ctx, watched, shell, contact.Shell, text)
 	}
 	defer shell.Close()
+	if errors.Is(err, sshexec.ErrLost) && contact.Relay != "" {
+		// A keeper that hangs has the runner's files open, and the runner waits for
+		// their end.
+		ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), fate)
+		defer cancel()
+		if err := s.endKeeper(ending, domain); err != nil {
+			s.Log.Note("%v", err)
+		}
+	}
 	var exit *sshexec.ExitError
 	switch {
 	case errors.As(err, &exit) && s.alive(watched, shell):

@@ -134,6 +134,28 @@ func TestAJobGoesOnWithoutItsKeeper(t *testing.T) {
 	wantGone(t, machine)
 }
 
+// A keeper that hangs in the middle of a script has the runner's pipes open: the sub-stage ends all the same, and so
+// does the wait for the end of its output.
+func TestAKeeperThatHangsDoesNotHoldTheJob(t *testing.T) {
+	t.Parallel()
+	job := newJob(runner.Job{})
+	ex := prepared(t, newSettings(t, tiny("")).runner(t), job)
+	call := ex.StartRun("step_long", "echo begun; sleep 1000")
+	if err := call.WaitFor(t.Context(), "begun"); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Kill(keeper(t, machineOf(job)), syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	r := call.Wait(t.Context())
+	want(t, ex, r, 2, "does not answer")
+	wantWithin(t, r, 90*time.Second)
+	if got := output(t, ex, "echo on"); got != "on\n" {
+		t.Errorf("output %q", got)
+	}
+	want(t, ex, ex.Cleanup(t.Context()), 0)
+}
+
 // A server gives so many sessions to a connection (MaxSessions) and no more, and a process that holds its output open
 // holds its session.
 func TestProcessesThatStayDoNotUseTheConnectionUp(t *testing.T) {

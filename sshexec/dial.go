@@ -39,13 +39,11 @@ func Dial(ctx context.Context, t Target) (*Client, error) {
 }
 
 func dial(ctx context.Context, t Target, interval, limit time.Duration) (*Client, error) {
-	if !t.relay() {
-		if t.Key == nil {
-			return nil, fmt.Errorf("connect to %s: no SSH key given", t.Address)
-		}
-		if _, _, err := net.SplitHostPort(t.Address); err != nil {
-			return nil, fmt.Errorf("connect to %q: %w", t.Address, err)
-		}
+	if t.Key == nil {
+		return nil, fmt.Errorf("connect to %s: no SSH key given", t.Address)
+	}
+	if _, _, err := net.SplitHostPort(t.Address); err != nil {
+		return nil, fmt.Errorf("connect to %q: %w", t.Address, err)
 	}
 	pin, err := newHostKeyPin(t.HostKey)
 	if err != nil {
@@ -78,7 +76,6 @@ func dial(ctx context.Context, t Target, interval, limit time.Duration) (*Client
 		addr:    t.Address,
 		hostKey: pin.key,
 		windows: strings.Contains(string(sc.ServerVersion()), "OpenSSH_for_Windows"),
-		relay:   t.relay(),
 		conn:    conn,
 		ssh:     sc,
 		dead:    make(chan struct{}),
@@ -90,9 +87,6 @@ func dial(ctx context.Context, t Target, interval, limit time.Duration) (*Client
 	}()
 	go func() {
 		for r := range reqs { // to the connection's end
-			if c.relay && r.Type == lostRequest {
-				c.lose(errors.New(string(r.Payload)))
-			}
 			r.Reply(false, nil)
 		}
 		c.lose(sc.Wait())

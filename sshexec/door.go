@@ -86,11 +86,8 @@ func readLine(r io.Reader) (string, error) {
 // does so already.
 func (t Target) connect(ctx context.Context) (net.Conn, error) {
 	network, address := "tcp", t.Address
-	switch {
-	case t.Door != nil:
+	if t.Door != nil {
 		network, address = "unix", t.Door.Socket
-	case t.relay():
-		network = "unix"
 	}
 	conn, err := connect(ctx, network, address)
 	if err != nil || t.Door == nil {

@@ -2,67 +2,57 @@ package sshexec
 
 import (
 	"context"
-	"errors"
+	"crypto/subtle"
+	"encoding/json"
 	"fmt"
-	"io"
 	"net"
-	"slices"
+	"os"
 	"sync"
+	"syscall"
 	"time"
-
-	"golang.org/x/crypto/ssh"
 )
 
-// A Relay is a small SSH server in front of a Client: whoever connects to it
-// gets the sessions of the Client's one connection, without the handshake and
-// the login that a connection to the guest costs. It serves processes of this
-// host, which its UNIX socket lets in or not; its own host key shows them that
-// they have found the right one.
+// A Relay runs commands over one Client for other processes of this host, each a
+// [RelayClient], without the handshake and the login that a connection to the guest
+// costs. Its UNIX socket lets them in or not, and by its token they know that they
+// have found the right one. What a script writes goes from the Relay right to
+// where its client wants it: the client hands its files over.
 type Relay struct {
 	client *Client
-	config *ssh.ServerConfig
-	key    *KeyPair
+	token  string
 	shell  string
 
 	waiting sync.Mutex // held while a shell is started, too
-	spare   *spare     // nil when none waits
+	spare   *shell     // nil when none waits
 }
 
-// NewRelay returns a relay for c, with a host key of its own. Before each script it
-// has a shell wait on the guest, see [Command.Shell]; none if it is empty.
-func (c *Client) NewRelay(shell string) (*Relay, error) {
-	key, err := NewKeyPair()
-	if err != nil {
-		return nil, err
-	}
-	// The guest's version tells a Client what kind of server is at the end.
-	config := &ssh.ServerConfig{NoClientAuth: true, ServerVersion: string(c.ssh.ServerVersion())}
-	config.AddHostKey(key.Signer())
-	return &Relay{client: c, config: config, key: key, shell: shell}, nil
+// NewRelay returns a relay for c. Before each script it has a shell wait on the
+// guest, see [Command.Shell]; none if it is empty.
+func (c *Client) NewRelay(shell string) *Relay {
+	return &Relay{client: c, token: newMarker(), shell: shell}
 }
 
-// HostKey returns the relay's own host key, in the format of [Target.HostKey].
-func (r *Relay) HostKey() string { return r.key.Public() }
+// Token returns the word that the relay expects of its clients.
+func (r *Relay) Token() string { return r.token }
 
-// Serve serves all who connect to l until the connection to the guest is lost,
-// which is the error that it returns, or ctx ends. Then l and all of its
-// connections are closed.
-func (r *Relay) Serve(ctx context.Context, l net.Listener) error {
+// Serve serves all who connect to l, whose network is [RelayNetwork], until the
+// connection to the guest is lost, which is the error that it returns, or ctx ends.
+// Then l and the Client are closed.
+func (r *Relay) Serve(ctx context.Context, l *net.UnixListener) error {
 	var conns sync.WaitGroup
 	defer conns.Wait()
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
+	defer r.client.Close()
 	defer context.AfterFunc(ctx, func() { l.Close() })()
 	go func() {
 		<-r.client.dead
-		cancel()
+		l.Close()
 	}()
 	go r.renew()
 	for {
-		conn, err := l.Accept()
+		conn, err := l.AcceptUnix()
 		switch {
 		case err == nil:
-			conns.Go(func() { r.serve(ctx, conn) })
+			conns.Go(func() { r.serve(conn) })
 		case r.client.down():
 			return r.client.lost()
 		default:
@@ -71,124 +61,183 @@ func (r *Relay) Serve(ctx context.Context, l net.Listener) error {
 	}
 }
 
-// lostRequest is how a Relay tells its clients, before it closes their
-// connections, why that to the guest is down.
-const lostRequest = "lost@libvirt-driver"
+// RelayNetwork is the network of a Relay's socket, which keeps what is said on it
+// in packets.
+const RelayNetwork = "unixpacket"
 
-// serve serves one connection.
-func (r *Relay) serve(ctx context.Context, conn net.Conn) {
+// A request is what a client of a Relay says: first the token, and then what it
+// wants done, one thing after another.
+type request struct {
+	Token string `json:"token,omitempty"`
+	Do    string `json:"do,omitempty"`    // ping, alive, run, stop
+	Shell string `json:"shell,omitempty"` // of run
+}
+
+// A report is what a Relay says: that it has understood the token, and whose guest
+// this is; what becomes of a request; and in between, now and then, nothing, so
+// that it is known to be there.
+type report struct {
+	Address   string   `json:"address,omitempty"`
+	HostKey   string   `json:"host_key,omitempty"`
+	Lingering bool     `json:"lingering,omitempty"`
+	Verdict   *Verdict `json:"verdict,omitempty"`
+}
+
+// serve serves one client.
+func (r *Relay) serve(conn *net.UnixConn) {
 	defer conn.Close()
-	defer func() { go r.renew() }() // whoever it was may have run a script
-	unhook := context.AfterFunc(ctx, func() { conn.Close() })
-	server, channels, requests, err := ssh.NewServerConn(conn, r.config)
-	if !unhook() || err != nil {
-		return // whoever it was has gone
-	}
-	defer context.AfterFunc(ctx, func() {
-		if r.client.down() {
-			server.SendRequest(lostRequest, false, []byte(r.client.why().Error()))
-		}
-		conn.Close()
-	})()
-	go r.answer(requests)
-	var sessions sync.WaitGroup
-	defer sessions.Wait()
-	for asked := range channels {
-		switch asked.ChannelType() {
-		case "session":
-			sessions.Go(func() { r.session(asked) })
-		case spareChannel:
-			sessions.Go(func() { r.offer(asked) })
-		default:
-			asked.Reject(ssh.Prohibited, "only sessions are relayed")
-		}
-	}
-}
-
-// answer answers what a connection itself is asked: for a sign of life, which is to
-// be the guest's. Where that has none to give the connection ends without an answer.
-func (r *Relay) answer(requests <-chan *ssh.Request) {
-	for request := range requests {
-		var err error
-		if request.Type == signOfLife {
-			_, _, err = r.client.ssh.SendRequest(signOfLife, true, nil)
-		}
-		if err == nil {
-			request.Reply(false, nil)
-		}
-	}
-}
-
-// session relays a new session.
-func (r *Relay) session(asked ssh.NewChannel) {
-	far, told, err := r.client.ssh.OpenChannel("session", nil)
-	if err != nil {
-		reason := ssh.ConnectionFailed
-		var refusal *ssh.OpenChannelError
-		if errors.As(err, &refusal) {
-			reason = refusal.Reason
-		}
-		asked.Reject(reason, err.Error())
-		return
-	}
-	join(asked, far, told, "")
-}
-
-// offer relays the session of the shell that waits.
-func (r *Relay) offer(asked ssh.NewChannel) {
-	s := r.take(string(asked.ExtraData()))
-	if s == nil {
-		asked.Reject(ssh.ResourceShortage, "no shell waits")
-		return
-	}
-	join(asked, s.ch, s.told, fmt.Sprintf(spareGreeting, s.marker, time.Since(s.begun).Milliseconds()))
-}
-
-// join relays one session: what it is asked to do, its streams, and how it ended.
-// The greeting comes first.
-func join(asked ssh.NewChannel, far ssh.Channel, told <-chan *ssh.Request, greeting string) {
-	defer far.Close()
-	near, requests, err := asked.Accept()
-	if err != nil {
-		go ssh.DiscardRequests(told)
-		return
-	}
-	defer near.Close()
-	io.WriteString(near, greeting)
-
-	var asking sync.Mutex // held while a request waits for its answer
+	asked := make(chan packet)
+	gone := make(chan struct{})
+	defer close(gone)
 	go func() {
-		pass(requests, far, &asking, "exec", "signal")
-		far.Close() // whoever asked for the session is done with it
+		defer close(asked)
+		for {
+			p, err := receive(conn)
+			if err != nil {
+				return
+			}
+			select {
+			case asked <- p:
+			case <-gone:
+				p.close()
+				return
+			}
+		}
 	}()
-	go func() {
-		io.Copy(far, near)
-		far.CloseWrite()
-	}()
-	var back sync.WaitGroup
-	back.Go(func() { pass(told, near, new(sync.Mutex), "exit-status", "exit-signal") })
-	var output sync.WaitGroup
-	output.Go(func() { io.Copy(near, far) })
-	output.Go(func() { io.Copy(near.Stderr(), far.Stderr()) })
-	output.Wait()
-	near.CloseWrite()
-	back.Wait()
-	// A command can be over before the answer that it has begun is passed on.
-	asking.Lock()
+	greeted := false
+	for {
+		select {
+		case p, ok := <-asked:
+			switch {
+			case !ok:
+				return
+			case !greeted:
+				p.close()
+				if subtle.ConstantTimeCompare([]byte(p.Token), []byte(r.token)) == 0 {
+					return
+				}
+				greeted = true
+				send(conn, report{Address: r.client.addr, HostKey: r.client.HostKey()})
+			default:
+				verdict := Judge(r.attend(conn, p, asked))
+				send(conn, report{Verdict: &verdict})
+			}
+		case <-r.client.dead:
+			return
+		}
+	}
 }
 
-// pass passes on the requests of these types, and refuses others. It holds busy
-// until a request has its answer.
-func pass(requests <-chan *ssh.Request, to ssh.Channel, busy *sync.Mutex, types ...string) {
-	for request := range requests {
-		busy.Lock()
-		ok := slices.Contains(types, request.Type)
-		if ok {
-			ok, _ = to.SendRequest(request.Type, request.WantReply, request.Payload)
+// attend does what was asked for, until whoever asked wants it stopped, or has
+// gone.
+func (r *Relay) attend(conn *net.UnixConn, p packet, asked <-chan packet) error {
+	ctx, stop := context.WithCancel(context.Background())
+	defer stop()
+	done := make(chan error, 1)
+	go func() {
+		err := r.do(ctx, p, func() { send(conn, report{Lingering: true}) })
+		p.close() // so that nobody who reads what was written waits for more
+		done <- err
+	}()
+	ticker := time.NewTicker(keepAliveInterval)
+	defer ticker.Stop()
+	for {
+		select {
+		case err := <-done:
+			if ctx.Err() != nil {
+				return leftBy(err)
+			}
+			return err
+		case <-ticker.C:
+			send(conn, report{})
+		case other, ok := <-asked:
+			stop()
+			other.close()
+			if !ok {
+				p.close() // nobody wants what is still written
+				asked = nil
+			}
 		}
-		request.Reply(ok, nil)
-		busy.Unlock()
 	}
+}
+
+func (r *Relay) do(ctx context.Context, p packet, lingering func()) error {
+	switch {
+	case p.Do == "ping":
+		return r.client.Ping(ctx)
+	case p.Do == "alive":
+		return r.client.Alive(ctx)
+	case p.Do == "run" && len(p.files) == 3:
+		defer func() { go r.renew() }()
+		return r.client.run(ctx, r.startShell, Command{
+			Shell: p.Shell, Script: p.files[0], Stdout: p.files[1], Stderr: p.files[2], Lingering: lingering,
+		})
+	}
+	return fmt.Errorf("the process that keeps the connection does not know how to %q", p.Do)
+}
+
+// A packet is a request with the files that came with it.
+type packet struct {
+	request
+	files []*os.File
+}
+
+func (p packet) close() {
+	for _, f := range p.files {
+		f.Close()
+	}
+}
+
+// maxPacket is the size of the largest packet, in bytes.
+const maxPacket = 32 << 10
+
+// send sends a packet. Who does not get it has gone.
+func send(conn *net.UnixConn, message any, files ...*os.File) error {
+	text, err := json.Marshal(message)
+	if err != nil {
+		return err
+	}
+	var numbers []int
+	for _, f := range files {
+		numbers = append(numbers, int(f.Fd()))
+	}
+	var rights []byte
+	if len(files) > 0 {
+		rights = syscall.UnixRights(numbers...)
+	}
+	_, _, err = conn.WriteMsgUnix(text, rights, nil)
+	return err
+}
+
+// receive receives a client's packet.
+func receive(conn *net.UnixConn) (p packet, err error) {
+	text, rights := make([]byte, maxPacket), make([]byte, syscall.CmsgSpace(3*4))
+	n, m, flags, _, err := conn.ReadMsgUnix(text, rights)
+	if err != nil {
+		return p, err
+	}
+	messages, err := syscall.ParseSocketControlMessage(rights[:m])
+	if err != nil {
+		return p, err
+	}
+	for i := range messages {
+		numbers, err := syscall.ParseUnixRights(&messages[i])
+		if err != nil {
+			continue // not files
+		}
+		for _, number := range numbers {
+			p.files = append(p.files, os.NewFile(uintptr(number), "of a client"))
+		}
+	}
+	if flags&(syscall.MSG_TRUNC|syscall.MSG_CTRUNC) != 0 {
+		err = fmt.Errorf("a packet of more than %d bytes, or with more than 3 files", maxPacket)
+	} else {
+		err = json.Unmarshal(text[:n], &p.request)
+	}
+	if err != nil {
+		p.close()
+	}
+	return p, err
 }
 
 // down reports whether the connection is down.

@@ -3,61 +3,104 @@ package sshexec
 import (
 	"context"
 	"errors"
+	"io"
 	"net"
+	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
-
-	"golang.org/x/crypto/ssh"
 )
+
+// A relayAt is where a relay is.
+type relayAt struct{ path, token string }
 
 // startRelay serves a connection to the server until the test's end and returns
 // how to reach it, and what Serve returned, later. No shell waits.
-func startRelay(t *testing.T, s *server) (Target, <-chan error) {
+func startRelay(t *testing.T, s *server) (relayAt, <-chan error) {
 	t.Helper()
-	return serveRelay(t, newRelay(t, s.dial(t), ""))
+	return serveRelay(t, s.dial(t).NewRelay(""))
 }
 
-func newRelay(t *testing.T, c *Client, shell string) *Relay {
-	t.Helper()
-	relay, err := c.NewRelay(shell)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return relay
-}
-
-func serveRelay(t *testing.T, relay *Relay) (Target, <-chan error) {
+func serveRelay(t *testing.T, relay *Relay) (relayAt, <-chan error) {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "relay")
-	l, err := net.Listen("unix", path)
+	l, err := net.ListenUnix(RelayNetwork, &net.UnixAddr{Name: path, Net: RelayNetwork})
 	if err != nil {
 		t.Fatal(err)
 	}
 	served := make(chan error, 1)
-	go func() { served <- relay.Serve(t.Context(), l) }()
-	return Target{Address: path, HostKey: relay.HostKey()}, served
+	ctx, end := context.WithCancel(t.Context())
+	over := make(chan struct{})
+	go func() {
+		defer close(over)
+		served <- relay.Serve(ctx, l)
+	}()
+	t.Cleanup(func() {
+		end()
+		<-over
+	})
+	return relayAt{path, relay.Token()}, served
 }
 
-func dialTarget(t *testing.T, target Target) *Client {
+func dialRelay(t *testing.T, at relayAt) piped {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
-	c, err := Dial(ctx, target)
+	c, err := DialRelay(ctx, at.path, at.token)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { c.Close() })
-	return c
+	return piped{c}
+}
+
+// A piped RelayClient takes any script and any writers. That it hears the end of the output shows that the relay has
+// closed what it was handed.
+type piped struct{ *RelayClient }
+
+func (p piped) Run(ctx context.Context, cmd Command) error {
+	in, script, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	source := cmd.Script
+	go func() {
+		defer script.Close()
+		if source != nil {
+			io.Copy(script, source)
+		}
+	}()
+	cmd.Script = in
+	var copied sync.WaitGroup
+	defer copied.Wait()
+	for _, w := range []*io.Writer{&cmd.Stdout, &cmd.Stderr} {
+		r, mine, err := os.Pipe()
+		if err != nil {
+			return err
+		}
+		defer mine.Close()
+		to := *w
+		if to == nil {
+			to = io.Discard
+		}
+		copied.Go(func() {
+			io.Copy(to, r)
+			r.Close()
+		})
+		*w = mine
+	}
+	return p.RelayClient.Run(ctx, cmd)
 }
 
 // TestRelayIsLikeAConnection runs scripts one after another, each from a
 // connection of its own, as sub-stages do.
 func TestRelayIsLikeAConnection(t *testing.T) {
 	s := startServer(t, nil)
-	target, _ := startRelay(t, s)
+	at, _ := startRelay(t, s)
 	for _, each := range []struct {
 		script, stdout, stderr string
 		code                   int
@@ -71,7 +114,7 @@ func TestRelayIsLikeAConnection(t *testing.T) {
 		{script: "head -c 3000000 /dev/zero >&2", stderr: strings.Repeat("\x00", 3000000)},
 		{script: "# " + strings.Repeat("x", 3<<20) + "\necho long", stdout: "long\n"},
 	} {
-		c := dialTarget(t, target)
+		c := dialRelay(t, at)
 		if err := c.Ping(t.Context()); err != nil {
 			t.Error(err)
 		}
@@ -94,71 +137,17 @@ func TestRelayIsLikeAConnection(t *testing.T) {
 	s.waitNoCommands(t)
 }
 
-// A command that is over at once: all that its server has to say comes in one go, and whoever asked for it must get the
-// answer that it has begun before its end. sshd is rarely as fast.
-func TestRelayAnswersBeforeTheEnd(t *testing.T) {
-	target, _ := serveRelay(t, newRelay(t, hasty(t), ""))
-	for range 300 {
-		c := dialTarget(t, target)
-		if err := c.Ping(t.Context()); err != nil {
-			t.Fatal(err)
-		}
-		c.Close()
-	}
-}
-
-// hasty starts an SSH server whose commands are over before they are answered, and returns a connection to it.
-func hasty(t *testing.T) *Client {
-	t.Helper()
-	key, err := NewKeyPair()
-	if err != nil {
-		t.Fatal(err)
-	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { l.Close() })
-	go func() {
-		raw, err := l.Accept()
-		if err != nil {
-			return
-		}
-		config := &ssh.ServerConfig{NoClientAuth: true}
-		config.AddHostKey(key.Signer())
-		_, channels, requests, err := ssh.NewServerConn(raw, config)
-		if err != nil {
-			return
-		}
-		go ssh.DiscardRequests(requests)
-		for asked := range channels {
-			ch, requests, err := asked.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				for request := range requests {
-					request.Reply(true, nil)
-					ch.SendRequest("exit-status", false, ssh.Marshal(struct{ Status uint32 }{0}))
-					ch.Close()
-				}
-			}()
-		}
-	}()
-	return dialTarget(t, Target{Address: l.Addr().String(), User: "anyone", Key: key.Signer()})
-}
-
 func TestRelayStopsATree(t *testing.T) {
 	s := startServer(t, nil)
-	target, _ := startRelay(t, s)
+	at, _ := startRelay(t, s)
 	for _, script := range []string{tree, stubborn} {
-		_, took, err := cancelWhenReady(t, dialTarget(t, target), script)
+		_, took, err := cancelWhenReady(t, dialRelay(t, at), script)
 		if !errors.Is(err, context.Canceled) || took > 9*time.Second {
 			t.Errorf("error %v after %v", err, took)
 		}
 		s.waitNoCommands(t) // as without a relay: who stopped them needs a moment to end
 	}
-	if _, _, err := run(t, dialTarget(t, target), "bash", "exit 0"); err != nil {
+	if _, _, err := run(t, dialRelay(t, at), "bash", "exit 0"); err != nil {
 		t.Errorf("the next script: %v", err)
 	}
 }
@@ -166,13 +155,13 @@ func TestRelayStopsATree(t *testing.T) {
 // TestRelayEndsWithItsConnection kills the server in the middle of a script.
 func TestRelayEndsWithItsConnection(t *testing.T) {
 	s := startServer(t, nil)
-	target, served := startRelay(t, s)
+	at, served := startRelay(t, s)
 	ready := newSignal("ready")
 	go func() {
 		<-ready.seen
 		s.kill()
 	}()
-	err := dialTarget(t, target).Run(t.Context(), Command{Shell: "bash", Script: strings.NewReader("printf ready; sleep 60"), Stdout: ready})
+	err := dialRelay(t, at).Run(t.Context(), Command{Shell: "bash", Script: strings.NewReader("printf ready; sleep 60"), Stdout: ready})
 	if !errors.Is(err, ErrLost) {
 		t.Errorf("the script: %v", err)
 	}
@@ -184,7 +173,7 @@ func TestRelayEndsWithItsConnection(t *testing.T) {
 	case <-time.After(10 * time.Second):
 		t.Fatal("Serve goes on")
 	}
-	if _, err := Dial(t.Context(), target); !errors.Is(err, ErrUnreachable) {
+	if _, err := DialRelay(t.Context(), at.path, at.token); !errors.Is(err, ErrUnreachable) {
 		t.Errorf("a later connection: %v", err)
 	}
 }
@@ -192,8 +181,8 @@ func TestRelayEndsWithItsConnection(t *testing.T) {
 // TestAlive asks for a sign of life directly and by way of a relay: it is the guest that is to give it.
 func TestAlive(t *testing.T) {
 	s := startServer(t, nil)
-	target, _ := startRelay(t, s)
-	for _, c := range []*Client{s.dial(t), dialTarget(t, target)} {
+	at, _ := startRelay(t, s)
+	for _, c := range []interface{ Alive(context.Context) error }{s.dial(t), dialRelay(t, at)} {
 		if err := c.Alive(t.Context()); err != nil {
 			t.Error(err)
 		}
@@ -209,7 +198,8 @@ func TestAlive(t *testing.T) {
 			syscall.Kill(pid, syscall.SIGCONT)
 		}
 	}
-	clients := []*Client{s.dial(t), dialTarget(t, target)}
+	at, _ = startRelay(t, s)
+	clients := []interface{ Alive(context.Context) error }{s.dial(t), dialRelay(t, at)}
 	for _, pid := range s.connections() {
 		syscall.Kill(pid, syscall.SIGSTOP)
 	}
@@ -227,42 +217,115 @@ func TestAlive(t *testing.T) {
 }
 
 func TestRelaySaysThatThereAreNoMoreSessions(t *testing.T) {
-	target, _ := startRelay(t, startServer(t, []string{"MaxSessions 0"}))
-	err := dialTarget(t, target).Run(t.Context(), Command{Shell: "sh"})
+	at, _ := startRelay(t, startServer(t, []string{"MaxSessions 0"}))
+	err := dialRelay(t, at).Run(t.Context(), Command{Shell: "sh"})
 	if !errors.Is(err, ErrRefused) {
 		t.Error(err)
 	}
 }
 
-func TestRelayOffersNothingButSessions(t *testing.T) {
-	target, _ := startRelay(t, startServer(t, nil))
-	c := dialTarget(t, target)
-	_, _, err := c.ssh.OpenChannel("direct-tcpip", ssh.Marshal(struct {
-		Host       string
-		Port       uint32
-		Origin     string
-		OriginPort uint32
-	}{"127.0.0.1", 22, "127.0.0.1", 1}))
-	if err == nil {
-		t.Error("a port was forwarded")
+// TestRelayTellsStrangersNothing tries all that a relay's client would not do.
+func TestRelayTellsStrangersNothing(t *testing.T) {
+	s := startServer(t, nil)
+	at, _ := startRelay(t, s)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	defer cancel()
+	for _, token := range []string{"", "another", at.token + "x"} {
+		if _, err := DialRelay(ctx, at.path, token); !errors.Is(err, ErrUnreachable) || ctx.Err() != nil {
+			t.Errorf("with token %q: %v", token, err)
+		}
 	}
-	ch, requests, err := c.ssh.OpenChannel("session", nil)
+	for _, said := range []string{"", "{", "null", `{"do": "run"}`, `{"token": 1}`, strings.Repeat("x", 2*maxPacket)} {
+		conn, err := net.Dial(RelayNetwork, at.path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn.SetDeadline(time.Now().Add(5 * time.Second))
+		conn.Write([]byte(said))
+		if n, err := conn.Read(make([]byte, 100)); n > 0 || errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("%.20q is answered by %d bytes: %v", said, n, err)
+		}
+		conn.Close()
+	}
+	for _, asked := range []request{{}, {Do: "run", Shell: "bash"}, {Do: "forward"}} {
+		c := dialRelay(t, at)
+		err := send(c.conn, asked)
+		var verdict Verdict
+		if err == nil {
+			verdict, err = c.await(nil)
+		}
+		if err != nil || verdict.Err() == nil {
+			t.Errorf("%+v: %v, %v", asked, verdict, err)
+		}
+		if err := c.Ping(t.Context()); err != nil {
+			t.Errorf("afterwards: %v", err)
+		}
+	}
+	s.waitNoCommands(t)
+}
+
+// TestRelayClosesWhatItWasHanded counts the files of this process, which is both sides.
+func TestRelayClosesWhatItWasHanded(t *testing.T) {
+	at, _ := startRelay(t, startServer(t, nil))
+	files := func() int {
+		open, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(open)
+	}
+	c := dialRelay(t, at)
+	before := files()
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
-	go ssh.DiscardRequests(requests)
-	for _, kind := range []string{"auth-agent-req@openssh.com", "x11-req", "pty-req", "subsystem", "shell", "env"} {
-		if ok, err := ch.SendRequest(kind, true, nil); ok || err != nil {
-			t.Errorf("%s: %t, %v", kind, ok, err)
+	defer null.Close()
+	for _, asked := range []request{{Do: "ping"}, {Do: "nothing"}, {Do: "run", Shell: "sh"}, {Do: "run", Shell: "cobol"}} {
+		if err := send(c.conn, asked, null, null, null); err != nil {
+			t.Fatal(err)
 		}
+		if _, err := c.await(nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if now := files(); now != before+1 {
+		t.Errorf("%d files are open, and were %d and one", now, before)
 	}
 }
 
-func TestRelayWithAnotherKeyIsRefused(t *testing.T) {
+// TestRelayStopsWhatNobodyWaitsFor has a client vanish in the middle of a script, as one does that is killed.
+func TestRelayStopsWhatNobodyWaitsFor(t *testing.T) {
 	s := startServer(t, nil)
-	target, _ := startRelay(t, s)
-	target.HostKey = s.hostPub
-	if _, err := Dial(t.Context(), target); !errors.Is(err, ErrHostKey) {
-		t.Error(err)
+	at, _ := startRelay(t, s)
+	c := dialRelay(t, at)
+	ready := newSignal("ready")
+	ran := make(chan error)
+	go func() {
+		ran <- c.Run(t.Context(), Command{Shell: "bash", Script: strings.NewReader("echo ready; yes"), Stdout: ready})
+	}()
+	<-ready.seen
+	c.Close()
+	if err := <-ran; !errors.Is(err, ErrLost) {
+		t.Errorf("the script: %v", err)
+	}
+	s.waitNoCommands(t)
+	if _, _, err := run(t, dialRelay(t, at), "bash", "exit 0"); err != nil {
+		t.Errorf("the next script: %v", err)
+	}
+}
+
+// TestRelayThatSaysNothing has a client wait for one that stands still.
+func TestRelayThatSaysNothing(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "relay")
+	l, err := net.ListenUnix(RelayNetwork, &net.UnixAddr{Name: path, Net: RelayNetwork})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	ctx, cancel := context.WithTimeoutCause(t.Context(), time.Second/2, errors.New("too slow"))
+	defer cancel()
+	if _, err := DialRelay(ctx, path, "token"); !errors.Is(err, ErrUnreachable) || !strings.Contains(err.Error(), "too slow") {
+		t.Errorf("%v", err)
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"encoding/base64"
 	"encoding/binary"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"io"
 	"time"
@@ -56,12 +57,17 @@ const (
 //     cause that [Client.Abort] was given, if any;
 //   - an error that wraps ctx's error and cause when ctx ended first: then all
 //     processes of the script have been ended, which takes some hundred
-//     milliseconds if they obey and at most 9 seconds, the Client is closed, and
-//     the guest is fit for another one. The error tells if something is left.
-//     Only a Write that does not return may still be under way then;
+//     milliseconds if they obey and at most 9 seconds. The error tells if
+//     something is left, and then the Client is closed. Only a Write that does
+//     not return may still be under way;
 //   - any other error when the script could not be read or started, or
 //     succeeded while its output could not be written.
 func (c *Client) Run(ctx context.Context, cmd Command) error {
+	return c.run(ctx, c.startShell, cmd)
+}
+
+// run runs a script with the shell that start gets for it.
+func (c *Client) run(ctx context.Context, start func(context.Context, string) (*shell, error), cmd Command) error {
 	var script []byte
 	if cmd.Script != nil {
 		var err error
@@ -69,12 +75,12 @@ func (c *Client) Run(ctx context.Context, cmd Command) error {
 			return fmt.Errorf("read the script: %w", err)
 		}
 	}
-	s, marker, err := c.startShell(ctx, cmd.Shell)
+	s, err := start(ctx, cmd.Shell)
 	if err != nil {
 		return err
 	}
 	defer s.close()
-	go s.feed(c.input(cmd.Shell, marker, script))
+	go s.feed(c.input(cmd.Shell, s.marker, script))
 	out := s.copyOutput(cmd.Stdout, cmd.Stderr)
 	defer out.mute()
 
@@ -84,13 +90,12 @@ func (c *Client) Run(ctx context.Context, cmd Command) error {
 		finished, err = out.drain(ctx)
 	}
 	if err != nil {
-		left := c.stop(s, marker)
+		left := c.stop(s.session, s.marker)
 		out.wait(lastOutput)
-		c.lose(err)
 		if left != nil {
-			return fmt.Errorf("script on %s stopped: %w: %w", c.addr, err, left)
+			c.lose(err)
 		}
-		return fmt.Errorf("script on %s stopped: %w", c.addr, err)
+		return &stoppedError{c.addr, err, left}
 	}
 	if !s.hasExited() {
 		return fmt.Errorf("script on %s: %w", c.addr, c.lost())
@@ -107,21 +112,56 @@ func (c *Client) Run(ctx context.Context, cmd Command) error {
 	return nil
 }
 
-// startShell gets a shell that waits for its script: one that a [Relay] has started
-// already, or a new one. The marker is in the environment of both.
-func (c *Client) startShell(ctx context.Context, shell string) (s *session, marker string, err error) {
-	if s, marker, ok := c.takeSpare(ctx, shell); ok {
-		return s, marker, nil
+// A stoppedError says that a script was stopped, and why.
+type stoppedError struct {
+	addr  string
+	cause error
+	left  error // says what may still run; nil for nothing
+}
+
+func (e *stoppedError) Error() string {
+	text := fmt.Sprintf("script on %s stopped: %v", e.addr, e.cause)
+	if e.left != nil {
+		text += ": " + e.left.Error()
 	}
-	marker = newMarker()
-	line, err := c.invocation(shell, marker)
+	return text
+}
+
+func (e *stoppedError) Unwrap() []error {
+	if e.left == nil {
+		return []error{e.cause}
+	}
+	return []error{e.cause, e.left}
+}
+
+// leftBy returns what the script may have left that was to be stopped and ended so.
+func leftBy(err error) error {
+	var stopped *stoppedError
+	if errors.As(err, &stopped) {
+		return stopped.left
+	}
+	return nil
+}
+
+// A shell is one on the guest that waits for its script, or runs it. The marker is
+// in its environment.
+type shell struct {
+	*session
+	marker string
+}
+
+// startShell starts a shell.
+func (c *Client) startShell(ctx context.Context, name string) (*shell, error) {
+	marker := newMarker()
+	line, err := c.invocation(name, marker)
 	if err != nil {
-		return nil, "", err
+		return nil, err
 	}
-	if s, err = c.start(ctx, line); err != nil {
-		return nil, "", fmt.Errorf("start %s on %s: %w", shell, c.addr, err)
+	s, err := c.start(ctx, line)
+	if err != nil {
+		return nil, fmt.Errorf("start %s on %s: %w", name, c.addr, err)
 	}
-	return s, marker, nil
+	return &shell{s, marker}, nil
 }
 
 // drain waits for the end of the output of a command that has ended, and

@@ -48,8 +48,13 @@ func (s *signal) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
+// A runs runs scripts: a Client, or a RelayClient.
+type runs interface {
+	Run(context.Context, Command) error
+}
+
 // run runs a script of one of the tests' servers within a minute.
-func run(t *testing.T, c *Client, shell, script string) (stdout, stderr string, err error) {
+func run(t *testing.T, c runs, shell, script string) (stdout, stderr string, err error) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
@@ -151,9 +156,9 @@ func everyByte() string {
 func TestRunSameAsStdin(t *testing.T) {
 	s := startServer(t, nil)
 	direct := s.dial(t)
-	relays, targets := map[string]*Relay{}, map[string]Target{}
+	relays, places := map[string]*Relay{}, map[string]relayAt{}
 	for _, shell := range []string{"bash", "sh"} {
-		relays[shell], targets[shell] = spareOn(t, s, shell)
+		relays[shell], places[shell] = spareOn(t, s, shell)
 	}
 	for name, script := range map[string]string{
 		"every byte":              "printf %s '" + everyByte() + "'\n",
@@ -188,9 +193,8 @@ func TestRunSameAsStdin(t *testing.T) {
 			if shell == "bash" && name == "unset variable" {
 				want = 127 // see bashLoader
 			}
-			relays[shell].await(t)
-			relayed := dialTarget(t, targets[shell])
-			for way, c := range map[string]*Client{"at once": direct, "by one that waited": relayed} {
+			waiting := relays[shell].await(t)
+			for way, c := range map[string]runs{"at once": direct, "by one that waited": dialRelay(t, places[shell])} {
 				stdout, stderr, err := run(t, c, shell, script)
 				var exit *ExitError
 				code := 0
@@ -211,10 +215,9 @@ func TestRunSameAsStdin(t *testing.T) {
 					t.Errorf("%s, %s, %s: status %d, want %d", name, shell, way, code, want)
 				}
 			}
-			if relays[shell].waits() {
+			if relays[shell].waits() == waiting {
 				t.Errorf("%s, %s: the shell that waited waits still", name, shell)
 			}
-			relayed.Close() // the next one is started then
 		}
 	}
 }

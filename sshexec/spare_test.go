@@ -13,11 +13,11 @@ import (
 )
 
 // spareOn serves a connection to the server, and has shells wait.
-func spareOn(t *testing.T, s *server, shell string) (*Relay, Target) {
+func spareOn(t *testing.T, s *server, shell string) (*Relay, relayAt) {
 	t.Helper()
-	relay := newRelay(t, s.dial(t), shell)
-	target, _ := serveRelay(t, relay)
-	return relay, target
+	relay := s.dial(t).NewRelay(shell)
+	at, _ := serveRelay(t, relay)
+	return relay, at
 }
 
 // waiting returns the process ID of the server's one command, which is a shell that
@@ -35,26 +35,28 @@ func (s *server) waiting(t *testing.T) int {
 	return 0
 }
 
-// waits reports whether a shell waits.
-func (r *Relay) waits() bool {
+// waits returns the shell that waits, nil if none does.
+func (r *Relay) waits() *shell {
 	r.waiting.Lock()
 	defer r.waiting.Unlock()
-	return r.spare != nil
+	return r.spare
 }
 
-// await waits until a shell waits.
-func (r *Relay) await(t *testing.T) {
+// await waits until a shell waits, and returns it.
+func (r *Relay) await(t *testing.T) *shell {
 	t.Helper()
-	for end := time.Now().Add(10 * time.Second); !r.waits(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatal("no shell waits")
+	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+		if s := r.waits(); s != nil {
+			return s
 		}
 	}
+	t.Fatal("no shell waits")
+	return nil
 }
 
-func sayPid(t *testing.T, target Target, shell string) string {
+func sayPid(t *testing.T, at relayAt, shell string) string {
 	t.Helper()
-	c := dialTarget(t, target)
+	c := dialRelay(t, at)
 	defer c.Close()
 	said, stderr, err := run(t, c, shell, "echo $$")
 	if err != nil || stderr != "" {
@@ -66,10 +68,10 @@ func sayPid(t *testing.T, target Target, shell string) string {
 func TestAShellWaitsForEachScript(t *testing.T) {
 	s := startServer(t, nil)
 	for _, shell := range []string{"bash", "sh"} {
-		relay, target := spareOn(t, s, shell)
+		relay, at := spareOn(t, s, shell)
 		for i := range 3 {
 			pid := s.waiting(t)
-			if said := sayPid(t, target, shell); said != fmt.Sprint(pid) {
+			if said := sayPid(t, at, shell); said != fmt.Sprint(pid) {
 				t.Errorf("%s, script %d was run by process %s, while %d waited", shell, i, said, pid)
 			}
 		}
@@ -83,15 +85,15 @@ func TestAShellWaitsForEachScript(t *testing.T) {
 // changed, and does not know that it has waited.
 func TestAShellThatWaitedIsLikeANewOne(t *testing.T) {
 	s := startServer(t, nil)
-	_, target := spareOn(t, s, "bash")
-	c := dialTarget(t, target)
+	_, at := spareOn(t, s, "bash")
+	c := dialRelay(t, at)
 	if _, _, err := run(t, c, "bash", "echo 'echo hello; answer=42' >>~/.bashrc"); err != nil {
 		t.Fatal(err)
 	}
 	c.Close()
 	s.waiting(t)
 	time.Sleep(1500 * time.Millisecond)
-	stdout, stderr, err := run(t, dialTarget(t, target), "bash", `echo "$answer $SECONDS ${#LIBVIRT_DRIVER_RUN}"; env | grep -c "=$LIBVIRT_DRIVER_RUN$"`)
+	stdout, stderr, err := run(t, dialRelay(t, at), "bash", `echo "$answer $SECONDS ${#LIBVIRT_DRIVER_RUN}"; env | grep -c "=$LIBVIRT_DRIVER_RUN$"`)
 	if stdout != "hello\n42 0 32\n1\n" || stderr != "" || err != nil {
 		t.Errorf("stdout %q, stderr %q, error %v", stdout, stderr, err)
 	}
@@ -102,7 +104,7 @@ func TestAShellThatWaitedIsLikeANewOne(t *testing.T) {
 func TestAShellThatDoesNotWaitAnyMore(t *testing.T) {
 	s := startServer(t, nil)
 	for _, signal := range []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL} {
-		relay, target := spareOn(t, s, "bash")
+		relay, at := spareOn(t, s, "bash")
 		pid := s.waiting(t)
 		if err := syscall.Kill(pid, signal); err != nil {
 			t.Fatal(err)
@@ -112,10 +114,10 @@ func TestAShellThatDoesNotWaitAnyMore(t *testing.T) {
 				t.Fatal("the relay does not hear that its shell has ended")
 			}
 		}
-		if said := sayPid(t, target, "bash"); said == "" || said == fmt.Sprint(pid) {
+		if said := sayPid(t, at, "bash"); said == "" || said == fmt.Sprint(pid) {
 			t.Errorf("after signal %v the script was run by process %q", signal, said)
 		}
-		if said, pid := s.waiting(t), sayPid(t, target, "bash"); fmt.Sprint(said) != pid {
+		if said, pid := s.waiting(t), sayPid(t, at, "bash"); fmt.Sprint(said) != pid {
 			t.Errorf("the next script was run by process %s, while %d waited", pid, said)
 		}
 		relay.client.Close()
@@ -127,14 +129,14 @@ func TestAShellThatDoesNotWaitAnyMore(t *testing.T) {
 func (r *Relay) hasHeard() bool {
 	r.waiting.Lock()
 	defer r.waiting.Unlock()
-	return len(r.spare.told) > 0
+	return r.spare == nil || r.spare.over()
 }
 
 func TestAnotherShellIsNotTheOneThatWaits(t *testing.T) {
 	s := startServer(t, nil)
-	_, target := spareOn(t, s, "bash")
+	_, at := spareOn(t, s, "bash")
 	pid := s.waiting(t)
-	if said := sayPid(t, target, "sh"); said == "" || said == fmt.Sprint(pid) {
+	if said := sayPid(t, at, "sh"); said == "" || said == fmt.Sprint(pid) {
 		t.Errorf("sh is process %q, bash was %d", said, pid)
 	}
 	s.waiting(t)
@@ -144,12 +146,12 @@ func TestAnotherShellIsNotTheOneThatWaits(t *testing.T) {
 // is run once.
 func TestManyWantTheShellThatWaits(t *testing.T) {
 	s := startServer(t, nil)
-	_, target := spareOn(t, s, "bash")
+	_, at := spareOn(t, s, "bash")
 	pid := fmt.Sprint(s.waiting(t))
 	var all sync.WaitGroup
 	said := make([]string, 5)
 	for i := range said {
-		all.Go(func() { said[i] = sayPid(t, target, "bash") })
+		all.Go(func() { said[i] = sayPid(t, at, "bash") })
 	}
 	all.Wait()
 	seen := map[string]bool{}
@@ -165,10 +167,10 @@ func TestManyWantTheShellThatWaits(t *testing.T) {
 func TestStopAfterAWait(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, nil)
-	_, target := spareOn(t, s, "bash")
+	_, at := spareOn(t, s, "bash")
 	s.waiting(t)
 	time.Sleep(ageSlack + time.Second)
-	_, took, err := cancelWhenReady(t, dialTarget(t, target), tree)
+	_, took, err := cancelWhenReady(t, dialRelay(t, at), tree)
 	var left *leftError
 	if errors.As(err, &left) || err == nil || took > 9*time.Second {
 		t.Errorf("error %v after %v", err, took)
@@ -182,13 +184,13 @@ func TestStopAfterAWait(t *testing.T) {
 // TestNoRoomBesideAShellThatWaits uses a server that gives one session at a time.
 func TestNoRoomBesideAShellThatWaits(t *testing.T) {
 	s := startServer(t, []string{"MaxSessions 1"})
-	_, target := spareOn(t, s, "bash")
+	_, at := spareOn(t, s, "bash")
 	pid := fmt.Sprint(s.waiting(t))
-	c := dialTarget(t, target)
+	c := dialRelay(t, at)
 	if err := c.Ping(t.Context()); !errors.Is(err, ErrRefused) {
 		t.Errorf("Ping beside the shell that waits: %v", err)
 	}
-	if said := sayPid(t, target, "bash"); said != pid {
+	if said := sayPid(t, at, "bash"); said != pid {
 		t.Errorf("the script was run by process %s, while %s waited", said, pid)
 	}
 }

@@ -22,7 +22,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -53,9 +52,9 @@ var (
 
 // Target says where a guest's SSH server is and how to log in to it.
 type Target struct {
-	Address string     // host:port, or the absolute path of a [Relay]'s socket
-	User    string     // the account on the guest; a Relay has its own
-	Key     ssh.Signer // the only key that is offered, see [LoadKey] and [NewKeyPair]; a Relay takes none
+	Address string     // host:port
+	User    string     // the account on the guest
+	Key     ssh.Signer // the only key that is offered, see [LoadKey] and [NewKeyPair]
 
 	// HostKey is the one host key that is accepted, in the format of an
 	// authorized_keys or .pub file. Empty means that no key is known yet: then
@@ -68,16 +67,12 @@ type Target struct {
 	Door *Door
 }
 
-// relay reports whether the target is a Relay.
-func (t Target) relay() bool { return strings.HasPrefix(t.Address, "/") }
-
-// A Client is an authenticated connection to a guest's SSH server. One Client
-// is meant for one script: a cancelled [Client.Run] closes it.
+// A Client is an authenticated connection to a guest's SSH server. It is meant for
+// one script, or for a [Relay]: what is given up in the middle may close it.
 type Client struct {
 	addr    string
 	hostKey ssh.PublicKey
 	windows bool // the server runs on Windows: no POSIX shell, no /proc
-	relay   bool // the server is a Relay
 
 	conn *watchedConn
 	ssh  ssh.Conn
@@ -173,13 +168,10 @@ func (c *Client) lost() error {
 func (c *Client) why() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	switch {
-	case !errors.Is(c.cause, io.EOF):
-		return c.cause
-	case c.relay:
-		return fmt.Errorf("the process that keeps it has ended: %w", c.cause)
+	if errors.Is(c.cause, io.EOF) {
+		return fmt.Errorf("the guest closed it: %w", c.cause)
 	}
-	return fmt.Errorf("the guest closed it: %w", c.cause)
+	return c.cause
 }
 
 // ended returns the error of an operation that the end of ctx stopped. It wraps

@@ -21,7 +21,7 @@ func stopProcess(pid int) { syscall.Kill(pid, syscall.SIGSTOP) }
 
 // cancelWhenReady runs a script, cancels it once it has written "ready", and
 // returns what was written, how long the end took, and the error.
-func cancelWhenReady(t *testing.T, c *Client, script string) (said string, took time.Duration, err error) {
+func cancelWhenReady(t *testing.T, c runs, script string) (said string, took time.Duration, err error) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
 	ready := newSignal("ready")
