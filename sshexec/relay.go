@@ -120,6 +120,7 @@ func (r *Relay) serve(conn *net.UnixConn) {
 				send(conn, report{Address: r.client.addr, HostKey: r.client.HostKey()})
 			default:
 				verdict := Judge(r.attend(conn, p, asked))
+				verdict.Text = verdict.Text[:min(len(verdict.Text), maxText)]
 				send(conn, report{Verdict: &verdict})
 			}
 		case <-r.client.dead:
@@ -188,8 +189,13 @@ func (p packet) close() {
 	}
 }
 
-// maxPacket is the size of the largest packet, in bytes.
-const maxPacket = 32 << 10
+// A request has maxRequest bytes at most, and a report maxReport; errors are cut
+// short for that, as in JSON a byte may take six.
+const (
+	maxRequest = 1 << 10
+	maxReport  = 16 << 10
+	maxText    = maxReport/6 - 512
+)
 
 // send sends a packet. Who does not get it has gone.
 func send(conn *net.UnixConn, message any, files ...*os.File) error {
@@ -211,7 +217,7 @@ func send(conn *net.UnixConn, message any, files ...*os.File) error {
 
 // receive receives a client's packet.
 func receive(conn *net.UnixConn) (p packet, err error) {
-	text, rights := make([]byte, maxPacket), make([]byte, syscall.CmsgSpace(3*4))
+	text, rights := make([]byte, maxRequest), make([]byte, syscall.CmsgSpace(3*4))
 	n, m, flags, _, err := conn.ReadMsgUnix(text, rights)
 	if err != nil {
 		return p, err
@@ -230,7 +236,7 @@ func receive(conn *net.UnixConn) (p packet, err error) {
 		}
 	}
 	if flags&(syscall.MSG_TRUNC|syscall.MSG_CTRUNC) != 0 {
-		err = fmt.Errorf("a packet of more than %d bytes, or with more than 3 files", maxPacket)
+		err = fmt.Errorf("a packet of more than %d bytes, or with more than 3 files", maxRequest)
 	} else {
 		err = json.Unmarshal(text[:n], &p.request)
 	}

@@ -235,7 +235,7 @@ func TestRelayTellsStrangersNothing(t *testing.T) {
 			t.Errorf("with token %q: %v", token, err)
 		}
 	}
-	for _, said := range []string{"", "{", "null", `{"do": "run"}`, `{"token": 1}`, strings.Repeat("x", 2*maxPacket)} {
+	for _, said := range []string{"", "{", "null", `{"do": "run"}`, `{"token": 1}`, strings.Repeat("x", 2*maxRequest)} {
 		conn, err := net.Dial(RelayNetwork, at.path)
 		if err != nil {
 			t.Fatal(err)
@@ -247,7 +247,7 @@ func TestRelayTellsStrangersNothing(t *testing.T) {
 		}
 		conn.Close()
 	}
-	for _, asked := range []request{{}, {Do: "run", Shell: "bash"}, {Do: "forward"}} {
+	for _, asked := range []request{{}, {Do: "run", Shell: "bash"}, {Do: "forward"}, {Do: strings.Repeat("\x00", 150)}} {
 		c := dialRelay(t, at)
 		err := send(c.conn, asked)
 		var verdict Verdict

@@ -156,7 +156,7 @@ func (c *RelayClient) await(lingering func()) (Verdict, error) {
 // hear waits for what the relay says next.
 func (c *RelayClient) hear() (r report, err error) {
 	c.conn.SetReadDeadline(time.Now().Add(keepAliveLimit))
-	text := make([]byte, maxPacket)
+	text := make([]byte, maxReport)
 	n, err := c.conn.Read(text)
 	if err != nil {
 		return r, c.lost(err)

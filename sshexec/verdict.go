@@ -29,9 +29,6 @@ func Judge(err error) (v Verdict) {
 		return v
 	}
 	v.Text = err.Error()
-	if len(v.Text) > maxPacket/8 { // JSON may take six bytes for one
-		v.Text = v.Text[:maxPacket/8]
-	}
 	for word, kind := range verdicts {
 		if errors.Is(err, kind) {
 			v.Is = append(v.Is, word)

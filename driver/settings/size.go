@@ -8,8 +8,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-
-	"github.com/dustin/go-humanize"
 )
 
 const (
@@ -130,55 +128,63 @@ func (i Image) resize(field, want string, most uint64) (uint64, error) {
 	return n, nil
 }
 
-// sizeSyntax is deliberately narrower than what go-humanize reads: that drops
-// commas, so that "2,5 GiB" would be 25 GiB. It is compiled when it is needed, as
-// every expression is: most calls need none.
+// units are those of sizes, the largest first. They mean what they do to libvirt:
+// https://libvirt.org/formatdomain.html#memory-allocation.
+var units = [...]struct {
+	name  string
+	bytes uint64
+}{
+	{"EiB", 1 << 60}, {"EB", 1e18},
+	{"PiB", 1 << 50}, {"PB", 1e15},
+	{"TiB", 1 << 40}, {"TB", 1e12},
+	{"GiB", 1 << 30}, {"GB", 1e9},
+	{"MiB", 1 << 20}, {"MB", 1e6},
+	{"KiB", 1 << 10}, {"KB", 1e3},
+	{"B", 1},
+}
+
+// sizeSyntax is compiled when it is needed, as every expression is: most calls need
+// none.
 var sizeSyntax = sync.OnceValue(func() *regexp.Regexp {
 	return regexp.MustCompile(`^([0-9]+(?:\.[0-9]+)?) *([KMGTPEkmgtpe]?[Ii]?[Bb]?)$`)
 })
 
 // parseSize returns the bytes that text stands for, [math.MaxUint64] if they
-// are too many to count. A bare number is MiB. Units mean what they do to
-// libvirt, in any case: K, M, G and T, alone or as KiB, are powers of 1024, and
-// KB, MB, GB and TB are powers of 1000.
-// See https://libvirt.org/formatdomain.html#memory-allocation.
+// are too many to count. A bare number is MiB, and a lone letter stands for the
+// power of 1024; case does not matter.
 func parseSize(text string) (size uint64, ok bool) {
 	m := sizeSyntax().FindStringSubmatch(text)
 	if m == nil {
 		return 0, false
 	}
-	number, unit := m[1], strings.ToLower(m[2])
-	switch unit {
-	case "":
-		unit = "mib"
-	case "k", "m", "g", "t", "p", "e":
-		unit += "ib" // go-humanize takes a lone letter for a power of 1000
-	case "i", "ib":
-		return 0, false
+	number, _ := strconv.ParseFloat(m[1], 64) // infinity if it is too large
+	name := strings.ToLower(m[2])
+	switch {
+	case name == "":
+		name = "mib"
+	case strings.HasSuffix(name, "i"):
+		name += "b"
+	case !strings.HasSuffix(name, "b"):
+		name += "ib"
 	}
-	n, err := humanize.ParseBytes(number + unit)
-	if err != nil {
-		// The syntax is right and the unit known: the number is too large.
+	for _, unit := range units {
+		if !strings.EqualFold(name, unit.name) {
+			continue
+		}
+		if bytes := number * float64(unit.bytes); bytes < math.MaxUint64 {
+			return uint64(bytes), true
+		}
 		return math.MaxUint64, true
 	}
-	return n, true
+	return 0, false
 }
 
 // FormatSize writes size exactly, in the unit that gives the smallest number.
 func FormatSize(size uint64) string {
-	units := []struct {
-		name  string
-		bytes uint64
-	}{
-		{"TiB", humanize.TiByte}, {"TB", humanize.TByte},
-		{"GiB", humanize.GiByte}, {"GB", humanize.GByte},
-		{"MiB", humanize.MiByte}, {"MB", humanize.MByte},
-		{"KiB", humanize.KiByte}, {"KB", humanize.KByte},
-	}
 	for _, u := range units {
 		if size >= u.bytes && size%u.bytes == 0 {
 			return strconv.FormatUint(size/u.bytes, 10) + " " + u.name
 		}
 	}
-	return strconv.FormatUint(size, 10) + " B"
+	return "0 B"
 }
