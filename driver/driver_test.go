@@ -8,10 +8,12 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 	"unicode"
 
 	"golang.org/x/crypto/ssh"
@@ -232,6 +234,23 @@ func TestPrepareWhoseImageIsGoneSinceConfigIsNotTheJobsFailure(t *testing.T) {
 	err := s.Prepare(context.Background())
 	if err == nil || isBuild(err) || !strings.Contains(err.Error(), "settings have changed") || len(s.host.calls) != 0 {
 		t.Errorf("error: %v after %q", err, s.host.calls)
+	}
+}
+
+func TestAnAddressIsLookedForWhenTheGuestIsNoticed(t *testing.T) {
+	s := newStage(t, nil)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	looks := 0
+	address, err := s.waitForAddress(ctx, machine{}, func(context.Context) (netip.Addr, error) {
+		if looks++; looks == 3 {
+			return s.host.lent, nil
+		}
+		go func() { s.host.noticed <- struct{}{} }()
+		return netip.Addr{}, nil
+	}, func(int) time.Duration { return time.Hour })
+	if err != nil || address != s.host.lent || looks != 3 {
+		t.Errorf("%v, %v after %d looks", address, err, looks)
 	}
 }
 

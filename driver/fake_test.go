@@ -38,6 +38,7 @@ type host struct {
 	space    uint64
 	lent     netip.Addr // to every guest
 	kept     netip.Addr // for every guest that one is kept for
+	noticed  chan struct{}
 }
 
 func newHost() *host {
@@ -51,6 +52,7 @@ func newHost() *host {
 		space:    100 << 30,
 		lent:     netip.MustParseAddr("192.0.2.7"),
 		kept:     netip.MustParseAddr("192.0.2.7"),
+		noticed:  make(chan struct{}),
 	}
 }
 
@@ -251,6 +253,8 @@ func (h *host) Reserve(_ context.Context, network, mac string) (netip.Addr, erro
 func (h *host) Unreserve(_ context.Context, network, mac string) error {
 	return h.note("Unreserve", network, mac)
 }
+
+func (h *host) Noticed(context.Context, string) (<-chan struct{}, error) { return h.noticed, nil }
 
 func (h *host) KeepsLeases(context.Context, string) (bool, error) { return true, h.note("KeepsLeases") }
 

@@ -58,6 +58,7 @@ type Hypervisor interface {
 	Discover(ctx context.Context, network, mac string) error
 	Reserve(ctx context.Context, network, mac string) (netip.Addr, error)
 	Unreserve(ctx context.Context, network, mac string) error
+	Noticed(ctx context.Context, mac string) (<-chan struct{}, error)
 	KeepsLeases(ctx context.Context, network string) (bool, error)
 	Leases(ctx context.Context, network, mac string) ([]hypervisor.Lease, error)
 	ReleaseLeases(ctx context.Context, network, mac string) error

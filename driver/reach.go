@@ -105,6 +105,10 @@ func (mk *Maker) waitForAddress(ctx context.Context, m machine, look locator, pa
 	limit := mk.Settings.Timeouts.Address
 	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("none after %v (timeouts.address)", limit))
 	defer cancel()
+	noticed, err := mk.Hypervisor.Noticed(ctx, m.mac)
+	if err != nil {
+		mk.Log.Note("the guest's address will be noticed late: %v", err)
+	}
 	for try := 0; ; try++ {
 		address, err := look(ctx)
 		switch {
@@ -113,7 +117,12 @@ func (mk *Maker) waitForAddress(ctx context.Context, m machine, look locator, pa
 		case err != nil || address.IsValid():
 			return address, err
 		}
-		pause(ctx, pace(try))
+		select {
+		case <-noticed: // it asks for its address about now
+			try = 0
+		case <-time.After(pace(try)):
+		case <-ctx.Done():
+		}
 	}
 }
 
@@ -151,11 +160,12 @@ func (mk *Maker) locate(ctx context.Context, m machine) (look locator, pace func
 	}, leasePace, nil
 }
 
-// leasePace returns the pause after a look for a lease: a thirtieth of the wait so
-// far, about, and at last a hundredth, as every look takes libvirt's processor time
-// and this one's, most when many guests boot at once and take long.
+// leasePace returns the pause after a look for a lease: longer each time, and at last
+// a second, as every look takes libvirt's processor time and this one's, most when
+// many guests boot at once and take long. It begins anew when the guest is noticed,
+// which it is before it has a lease.
 func leasePace(try int) time.Duration {
-	return min(2*glance+time.Duration(try)*5*time.Millisecond, 20*glance)
+	return min(time.Duration(try+1)*glance, 20*glance)
 }
 
 // ask returns a locator that asks each source in turn.

@@ -4,6 +4,7 @@ package integration
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -196,6 +197,47 @@ func TestLeasesAreKeptByNetworksThatHandOutAddresses(t *testing.T) {
 	for _, name := range []string{with.name, without.name, off.name, "no-such-network"} {
 		if err := c.ReleaseLeases(ctx, name, "52:54:00:00:00:01"); err != nil {
 			t.Errorf("give back no lease of %s: %v", name, err)
+		}
+	}
+}
+
+// The first that a host's kernel learns of a guest is which port of the bridge leads to it, from its first packet.
+func TestAGuestIsNoticedOnceTheKernelKnowsIt(t *testing.T) {
+	t.Parallel()
+	const mac, other = "52:54:00:aa:00:01", "52:54:00:aa:00:02"
+	n := newNetwork(t, false)
+	port, far := n.bridge+"p", n.bridge+"q"
+	command(t, "ip", "link", "add", port, "type", "veth", "peer", "name", far)
+	defer command(t, "ip", "link", "delete", port)
+	command(t, "ip", "link", "set", far, "up")
+	command(t, "ip", "link", "set", port, "master", n.bridge, "up")
+
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	noticed, err := connect(t, "qemu:///system").Noticed(ctx, mac)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, learned := range []struct {
+		what string
+		so   bool
+	}{
+		{"bridge fdb add " + other + " dev " + port + " master dynamic", false},
+		{"ip neigh replace " + n.prefix + ".3 lladdr " + other + " dev " + n.bridge + " nud stale", false},
+		{"bridge fdb add " + mac + " dev " + port + " master dynamic", true},
+		{"ip neigh replace " + n.prefix + ".4 lladdr " + mac + " dev " + n.bridge + " nud stale", true},
+	} {
+		words := strings.Fields(learned.what)
+		command(t, words[0], words[1:]...)
+		select {
+		case <-noticed:
+			if !learned.so {
+				t.Errorf("noticed by %s", learned.what)
+			}
+		case <-time.After(time.Second):
+			if learned.so {
+				t.Errorf("not noticed by %s", learned.what)
+			}
 		}
 	}
 }
