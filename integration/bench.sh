@@ -14,6 +14,8 @@
 #                        boot     prepare boots the machine: the defaults
 #                        standby  the service has booted it before: standby = 1
 #                        memory   prepare starts it from memory: start = "memory"
+#                      Their key is an Ed25519 one, as an RSA key costs 11 ms of processor time a job;
+#                      the scripts have theirs, /root/.ssh/id_rsa.
 #   --tail N           runs N jobs more of each way, without the baseline and without runs at rest,
 #                      for percentiles of the driver's own: 50 is a good number.
 #   --many NUMBERS     runs so many jobs at once, as 1,4,16, each with a tiny guest that it boots;

@@ -18,7 +18,7 @@
 #     gitlab-runner-base.qcow2  the Debian guest: BIOS and UEFI
 #     tiny.qcow2                the tiny guest's empty disk
 #   tiny-vmlinux, tiny-initrd   the tiny guest's kernel and initramfs, in the pool's directory
-#   /root/.ssh/id_rsa         the key that lets the guests' user gitlab-runner in
+#   /root/.ssh/id_rsa         the key that lets the guests' user gitlab-runner in; id_ed25519 does so, too
 #   /etc/libvirt-driver       empty
 # These, /run, /var/lib/libvirt, /var/log/libvirt and /var/cache/libvirt are private; the rest of the
 # file system is the machine's. There is no network but that of the guests: fetch what the command

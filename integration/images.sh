@@ -11,7 +11,7 @@
 # ${LIBVIRT_DRIVER_CACHE:-/var/cache/libvirt-driver}:
 #   debian-HASH/disk.qcow2
 #   tiny-HASH/vmlinux, tiny-HASH/initrd, tiny-HASH/disk.qcow2
-# HASH is that of the recipe: images/build.sh, images/NAME and the SSH key. An image that is there is
+# HASH is that of the recipe: images/build.sh, images/NAME and the SSH keys. An image that is there is
 # not built again. Packages come from where this machine's apt gets Debian's.
 set -euo pipefail
 
@@ -33,7 +33,8 @@ main() {
 	trap 'exit 143' TERM HUP
 	mkdir -p "$cache"
 	chmod 755 "$cache"
-	make_key
+	make_key rsa
+	make_key ed25519
 	local name
 	for name in "$@"; do
 		image "$name"
@@ -44,16 +45,17 @@ usage() {
 	sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
 }
 
-# make_key makes the key pair that every image admits, once.
+# make_key TYPE: makes the key pair of that type that every image admits, once.
 make_key() {
-	[[ -e $cache/id_rsa.pub ]] && return
+	local key=$cache/id_$1
+	[[ -e $key.pub ]] && return
 	need_packages openssh-client
 	lock key
-	if [[ ! -e $cache/id_rsa.pub ]]; then
-		rm -f "$cache/id_rsa.new"
-		ssh-keygen -q -t rsa -b 3072 -N '' -C gitlab-runner -f "$cache/id_rsa.new"
-		mv "$cache/id_rsa.new" "$cache/id_rsa"
-		mv "$cache/id_rsa.new.pub" "$cache/id_rsa.pub" # last: its presence says that both are there
+	if [[ ! -e $key.pub ]]; then
+		rm -f "$key.new"
+		ssh-keygen -q -t "$1" -N '' -C gitlab-runner -f "$key.new"
+		mv "$key.new" "$key"
+		mv "$key.new.pub" "$key.pub" # last: its presence says that both are there
 	fi
 	unlock
 }
@@ -85,7 +87,7 @@ unlock() {
 recipe() {
 	{
 		(cd "$here/images" && find build.sh "$1" -type f -print0 | LC_ALL=C sort -z | xargs -0 sha256sum)
-		cat "$cache/id_rsa.pub"
+		cat "$cache"/id_*.pub
 	} | sha256sum | cut -c1-12
 }
 

@@ -95,8 +95,10 @@ configure_libvirt() {
 	present "$tiny/vmlinux" "$images/tiny-vmlinux"
 	present "$tiny/initrd" "$images/tiny-initrd"
 
-	install -m 600 "$cache/id_rsa" /root/.ssh/id_rsa
-	install -m 644 "$cache/id_rsa.pub" /root/.ssh/id_rsa.pub
+	for name in id_rsa id_ed25519; do
+		install -m 600 "$cache/$name" "/root/.ssh/$name"
+		install -m 644 "$cache/$name.pub" "/root/.ssh/$name.pub"
+	done
 }
 
 start_libvirt() {

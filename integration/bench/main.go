@@ -121,7 +121,7 @@ func wayNames() []string {
 // or "".
 func (o *options) settings(socket string) string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "virt_type = %q\nsocket = %q\n[defaults]\nvolume = \"gitlab-runner-base.qcow2\"\n", o.virtType, socket)
+	fmt.Fprintf(&b, "virt_type = %q\nsocket = %q\n[defaults]\nvolume = \"gitlab-runner-base.qcow2\"\nkey = \"/root/.ssh/id_ed25519\"\n", o.virtType, socket)
 	for _, w := range o.ways {
 		fmt.Fprintf(&b, "[images.%s]\n%s", w.name, w.settings)
 	}

@@ -341,7 +341,7 @@ func TestSettings(t *testing.T) {
 		t.Fatal(err)
 	}
 	o.virtType = "qemu"
-	want := "virt_type = \"qemu\"\nsocket = \"/s\"\n[defaults]\nvolume = \"gitlab-runner-base.qcow2\"\n[images.standby]\nstandby = 1\n[images.boot]\n[images.tiny]\n" + tiny
+	want := "virt_type = \"qemu\"\nsocket = \"/s\"\n[defaults]\nvolume = \"gitlab-runner-base.qcow2\"\nkey = \"/root/.ssh/id_ed25519\"\n[images.standby]\nstandby = 1\n[images.boot]\n[images.tiny]\n" + tiny
 	if got := o.settings("/s"); got != want {
 		t.Errorf("settings\n%s\nwant\n%s", got, want)
 	}
@@ -355,10 +355,10 @@ func TestSettings(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// boot is the driver's default, whose name alone is another.
+	// boot is the driver's default, whose name and key alone are others.
 	boot, err := read.Image("boot")
 	byDefault, err2 := settings.Default().Image("")
-	if boot.Name = byDefault.Name; err != nil || err2 != nil || boot != byDefault {
+	if boot.Name, boot.Key = byDefault.Name, byDefault.Key; err != nil || err2 != nil || boot != byDefault {
 		t.Errorf("way boot is %+v (%v), not the default %+v (%v)", boot, err, byDefault, err2)
 	}
 	if fmt.Sprint(o.many) != "[1 16]" {

@@ -33,11 +33,12 @@ packages() {
 	sed 's/#.*//' "$1" | xargs | tr ' ' ,
 }
 
-# add_runner ROOT: lets the key in as user gitlab-runner.
+# add_runner ROOT: lets the keys in as user gitlab-runner.
 add_runner() {
 	local root=$1
 	install -d -m 700 "$root/home/gitlab-runner/.ssh"
-	install -m 600 "$cache/id_rsa.pub" "$root/home/gitlab-runner/.ssh/authorized_keys"
+	cat "$cache"/id_*.pub >"$root/home/gitlab-runner/.ssh/authorized_keys"
+	chmod 600 "$root/home/gitlab-runner/.ssh/authorized_keys"
 	chown -R 1000:1000 "$root/home/gitlab-runner"
 }
 
