@@ -63,9 +63,13 @@ type Frozen struct {
 	Generation string
 }
 
-// Door is the name of the virtio channel by which the host gets into a guest
-// that was saved.
-const Door = "org.libvirt-driver.door"
+// Door and DoorShell are the names of the virtio channels by which the host gets into
+// a guest that was saved: one leads to an SSH server, the other to the shell that has
+// it go on.
+const (
+	Door      = "org.libvirt-driver.door"
+	DoorShell = "org.libvirt-driver.door.shell"
+)
 
 // Limits bounds a guest's I/O; 0 is no limit.
 type Limits struct {
@@ -235,7 +239,7 @@ func (m Machine) devices() *libvirtxml.DomainDeviceList {
 func (m Machine) channels() (channels []libvirtxml.DomainChannel) {
 	names := []string{"org.qemu.guest_agent.0"}
 	if m.Frozen != nil {
-		names = append(names, Door)
+		names = append(names, Door, DoorShell)
 	}
 	for _, name := range names {
 		channels = append(channels, libvirtxml.DomainChannel{

@@ -216,7 +216,7 @@ func TestAFrozenMachineIsTheSameSavedAndRestoredButForItsDisk(t *testing.T) {
 	if saved.UUID != m.Frozen.UUID || saved.GenID == nil || saved.GenID.Value != m.Frozen.Generation {
 		t.Errorf("%q, %v", saved.UUID, saved.GenID)
 	}
-	if c := saved.Devices.Channels; len(c) != 2 || c[1].Target.VirtIO.Name != Door {
+	if c := saved.Devices.Channels; len(c) != 3 || c[1].Target.VirtIO.Name != Door || c[2].Target.VirtIO.Name != DoorShell {
 		t.Errorf("channels: %+v", c)
 	}
 	frozen := restored.Devices.Disks[0].BackingStore

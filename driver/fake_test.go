@@ -125,8 +125,9 @@ func (h *host) RestoreDomain(_ context.Context, name, path, _ string) error {
 	return h.note("RestoreDomain", name, path)
 }
 
-func (h *host) Channel(_ context.Context, domain, channel string) (string, error) {
-	return "/channels/" + domain + "/" + channel, h.note("Channel", domain, channel)
+func (h *host) Channels(_ context.Context, domain string) (map[string]string, error) {
+	at := "/channels/" + domain + "/"
+	return map[string]string{domainxml.Door: at + "door", domainxml.DoorShell: at + "shell"}, h.note("Channels", domain)
 }
 
 func (h *host) DeleteVolume(_ context.Context, pool, name string) (bool, error) {

@@ -38,7 +38,7 @@ type Hypervisor interface {
 	CreateFile(ctx context.Context, pool, name string) (hypervisor.Volume, error)
 	SaveDomain(ctx context.Context, name, path string) error
 	RestoreDomain(ctx context.Context, name, path, xml string) error
-	Channel(ctx context.Context, domain, channel string) (path string, err error)
+	Channels(ctx context.Context, domain string) (paths map[string]string, err error)
 
 	Volumes(ctx context.Context, pool string) ([]hypervisor.Volume, error)
 	CreateSecret(ctx context.Context, pool, name string, content []byte) (hypervisor.Volume, error)

@@ -1,5 +1,5 @@
 # identity.sh: the part of the door, see door.sh, that makes a guest which has just been restored one of its own, and
-# lets the job's SSH in. It is plain sh, and is called with user, made and sshd set.
+# lets the job's SSH in. It is plain sh, and is called with user, made and sshd, its process, set.
 #
 # Right after the restore an emulated guest runs everything for the first time, and to start a program takes a quarter
 # of a second. So all that can be done before the save is done there, and what follows the restore starts next to none.
@@ -30,17 +30,18 @@ prepare() {
 	# What the kernel draws once the guest is restored must follow from the seed, which the host draws for this machine
 	# alone. To write the seed is not enough: the kernel takes it up when it sees fit, within a minute, or when it is
 	# told to (RNDRESEEDCRNG of random(4)), which takes a program. It starts here, and waits for the seed.
-	mkfifo -m 600 "$0.seed" && exec 4<>"$0.seed" && rm -f "$0.seed" || return
+	mkfifo -m 600 "$0.seed" "$0.sown" && exec 4<>"$0.seed" 6<>"$0.sown" && rm -f "$0.seed" "$0.sown" || return
 	if command -v perl; then
-		perl -e '$_ = <STDIN>; open(R, ">", "/dev/urandom") && syswrite(R, $_) && ioctl(R, 0x5207, 0) or exit 1' <&4 4>&- &
+		perl -e 'open(R, ">", "/dev/urandom") && sysread(STDIN, $_, 200) && syswrite(R, $_) && ioctl(R, 0x5207, 0) &&
+			syswrite(STDOUT, "sown\n") or syswrite(STDOUT, "not sown\n")' <&4 >&6 4>&- 6>&- &
 	elif command -v python3; then
-		python3 -c 'import fcntl, sys
-s = sys.stdin.readline()
-with open("/dev/urandom", "w") as r: r.write(s); r.flush(); fcntl.ioctl(r, 0x5207)' <&4 4>&- &
+		python3 -c 'import fcntl, os
+try:
+	with open("/dev/urandom", "wb", 0) as r: r.write(os.read(0, 200)); fcntl.ioctl(r, 0x5207); os.write(1, b"sown\n")
+finally: os.write(1, b"not sown\n")' <&4 >&6 4>&- 6>&- &
 	else
-		noticed <&4 4>&- &
+		noticed <&4 >&6 4>&- 6>&- &
 	fi
-	seeding=$!
 }
 
 # noticed is for a guest with nothing to tell its kernel with: with vmgenid it has noticed by itself that it runs anew.
@@ -50,9 +51,11 @@ noticed() {
 	tries=0
 	until dmesg | grep -q 'virtual machine fork'; do
 		tries=$((tries + 1))
-		[ "$tries" -lt 50 ] || return 1
+		[ "$tries" -lt 50 ] || break
 		sleep 0.1
 	done
+	[ "$tries" -ge 50 ] || echo sown
+	echo 'not sown'
 }
 
 # hear hears from the host what to become.
@@ -89,8 +92,12 @@ shut() {
 	exit 1
 }
 
-# become becomes that. Errors go to the host, on 3.
+# become becomes that, and lets the server go on once what it draws is the machine's own: it exchanges keys meanwhile.
+# Errors go to the host, on 3.
 become() {
+	read -r sown <&6
+	[ "$sown" = sown ] || shut 'the kernel was not seeded anew'
+	kill -CONT "$sshd"
 	echo "$name" >/proc/sys/kernel/hostname
 	echo "$name" >/etc/hostname
 	# sudo asks for its own name, and what logs logins for the SSH client's, which is UNKNOWN behind the door. The network
@@ -107,8 +114,7 @@ become() {
 	umask "$mask"
 	echo "$kept$authorized" >"$keys" || shut "$keys cannot be written"
 	wait "$setting" || shut 'the clock cannot be set'
-	wait "$seeding" || shut 'the kernel was not seeded anew'
-	network 3>&- 4>&- &
+	network 3>&- 4>&- 6>&- &
 }
 
 # network makes ready for a network that does not answer yet, and tells what answers on it who it is.

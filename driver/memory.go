@@ -216,14 +216,15 @@ func (mk *Maker) restore(ctx context.Context, m *machine, from slot) (reached co
 	if m.keys, err = newKeys(settings.HostKeyInjected); err != nil {
 		return contact{}, nil, err
 	}
-	socket, err := mk.Hypervisor.Channel(watched, m.domain, domainxml.Door)
+	channels, err := mk.Hypervisor.Channels(watched, m.domain)
 	if err != nil {
 		return contact{}, nil, unfit("%w", err)
 	}
 	keeper = mk.startKeeper(*m)
 	reached, err = mk.tryShell(watched, keeper, knock{
 		Address: from.Address, User: m.image.User, Own: m.keys.client.Private(), HostKey: from.HostKey, Limit: attempt,
-		Shell: string(m.image.Shell), Door: &sshexec.Door{Socket: socket, Words: m.identify(keeper)},
+		Shell: string(m.image.Shell),
+		Door:  &sshexec.Door{Server: channels[domainxml.Door], Shell: channels[domainxml.DoorShell], Words: m.identify(keeper)},
 	})
 	if err != nil {
 		keeper.release(false)

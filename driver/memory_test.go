@@ -151,7 +151,7 @@ func TestAPrepareMakesASlotWhereThereIsNoneAndUsesTheOneThatThereIs(t *testing.T
 	if saved < 0 || restored < saved || !strings.Contains(s.log.String(), "one is made first") {
 		t.Errorf("calls: %q\n%s", s.host.calls, s.log.String())
 	}
-	if door == nil || !strings.Contains(door.Socket, name) || !strings.Contains(door.Words, "\n"+machineName+"\n") {
+	if door == nil || !strings.HasSuffix(door.Server, name+"/door") || !strings.HasSuffix(door.Shell, name+"/shell") || !strings.Contains(door.Words, "\n"+machineName+"\n") {
 		t.Errorf("the guest was entered by %+v", door)
 	}
 	metadata, err := domainxml.ParseMetadata(s.host.domains[name])
@@ -187,7 +187,7 @@ func TestASlotThatCannotBeUsedIsThrownAwayAndTheMachineBoots(t *testing.T) {
 		why   string
 	}{
 		"it is not restored": {func(s *stage) { s.host.failures["RestoreDomain"] = errors.New("no such file") }, "no such file"},
-		"it has no door":     {func(s *stage) { s.host.failures["Channel"] = hypervisor.ErrNotFound }, hypervisor.ErrNotFound.Error()},
+		"it has no door":     {func(s *stage) { s.host.failures["Channels"] = hypervisor.ErrNotFound }, hypervisor.ErrNotFound.Error()},
 		"the door is shut": {func(s *stage) {
 			s.Connect = func(_ context.Context, target sshexec.Target) (Shell, error) {
 				if target.Door != nil {

@@ -50,7 +50,11 @@ func dial(ctx context.Context, t Target, interval, limit time.Duration) (*Client
 		return nil, fmt.Errorf("connect to %s: %w", t.Address, err)
 	}
 
-	raw, err := t.connect(ctx)
+	network, address := "tcp", t.Address
+	if t.Door != nil {
+		network, address = "unix", t.Door.Server
+	}
+	raw, err := connect(ctx, network, address)
 	if err != nil {
 		if ctx.Err() != nil {
 			err = fmt.Errorf("%w: %w", ended(ctx), err)
@@ -60,8 +64,24 @@ func dial(ctx context.Context, t Target, interval, limit time.Duration) (*Client
 	conn := watch(raw)
 	unhook := context.AfterFunc(ctx, func() { conn.Close() })
 	l := login{Target: t}
+	if t.Door != nil {
+		opening, end := context.WithCancel(ctx)
+		defer end()
+		l.opened = make(chan struct{})
+		go func() {
+			l.shut = t.Door.open(opening)
+			close(l.opened)
+			if l.shut != nil {
+				conn.Close() // there is nothing to wait for
+			}
+		}()
+	}
 	sc, chans, reqs, err := ssh.NewClientConn(conn, t.Address, l.config(pin))
-	if !unhook() {
+	inTime := unhook()
+	if err != nil && l.isShut(ctx) {
+		return nil, fmt.Errorf("connect to %s: %w: by the door %s: %w", t.Address, ErrUnreachable, t.Door.Shell, l.shut)
+	}
+	if !inTime {
 		// The context ended, so the connection is closed even if it was just made.
 		if err == nil {
 			sc.Close()
@@ -120,15 +140,38 @@ func connect(ctx context.Context, network, address string) (net.Conn, error) {
 // A login is what is learned during one attempt to log in.
 type login struct {
 	Target
-	offered bool     // the server got to see the key
-	methods []string // what the server would accept, last time it said so
-	said    excerpt  // the server's banner, which is where PAM explains itself
+	offered bool          // the server got to see the key
+	methods []string      // what the server would accept, last time it said so
+	said    excerpt       // the server's banner, which is where PAM explains itself
+	opened  chan struct{} // closed when it is known whether the door is open; nil without one
+	shut    error         // why it is not, then
+}
+
+// isShut reports whether the login has failed because the door stays shut.
+func (l *login) isShut(ctx context.Context) bool {
+	if l.opened == nil {
+		return false
+	}
+	if ctx.Err() != nil {
+		<-l.opened // it says what it has been waiting for
+	}
+	select {
+	case <-l.opened:
+		return l.shut != nil
+	default:
+		return false
+	}
 }
 
 func (l *login) config(pin *hostKeyPin) *ssh.ClientConfig {
 	var auth []ssh.AuthMethod
 	if l.Key != nil {
 		auth = append(auth, ssh.PublicKeysCallback(func() ([]ssh.Signer, error) {
+			if l.opened != nil {
+				if <-l.opened; l.shut != nil {
+					return nil, l.shut
+				}
+			}
 			l.offered = true
 			return []ssh.Signer{l.Key}, nil
 		}))

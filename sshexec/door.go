@@ -11,15 +11,17 @@ import (
 	"time"
 )
 
-// A Door is a way into a guest that takes no network: a socket of the host behind
-// which, in the guest, a shell of root's waits. It says [Greeting] on a line when
-// someone connects, and then reads a line with the time at which it is sent, in
-// seconds since 1970, and the words. It says [Open] on a line and leaves the
-// connection to an SSH server, or says on one line why it does not. Anyone who may
-// connect to the socket can do that, so it must be for the driver alone.
+// A Door is a way into a guest that takes no network: two sockets of the host. Behind
+// one of them, in the guest, an SSH server stands still. Behind the other is a shell
+// of root's, which says [Greeting] on a line when someone connects, and then reads a
+// line with the time at which it is sent, in seconds since 1970, and the words. It has
+// the server go on, and says [Open] on a line once that lets in who is to be let in, or
+// else why it does not. Anyone who may connect to the sockets can do that, so they must
+// be for the driver alone.
 type Door struct {
-	// Socket is the absolute path of the UNIX socket.
-	Socket string `json:"socket"`
+	// Server and Shell are the absolute paths of the UNIX sockets.
+	Server string `json:"server"`
+	Shell  string `json:"shell"`
 	// Words are what the shell waits for, in lines.
 	Words string `json:"words"`
 }
@@ -36,8 +38,18 @@ var ErrShut = errors.New("the door stays shut")
 // maxDoorLine is how long a line may be that is said at a door, in bytes.
 const maxDoorLine = 4096
 
-// open goes through the door at the other end of conn up to where SSH begins.
-func (d *Door) open(conn net.Conn) error {
+// open says the words and returns when the server lets the key in.
+func (d *Door) open(ctx context.Context) error {
+	conn, err := connect(ctx, "unix", d.Shell)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	defer context.AfterFunc(ctx, func() { conn.Close() })()
+	return d.talk(conn)
+}
+
+func (d *Door) talk(conn net.Conn) error {
 	if err := await(conn, Greeting); err != nil {
 		return err
 	}
@@ -45,6 +57,22 @@ func (d *Door) open(conn net.Conn) error {
 	if _, err := fmt.Fprintf(conn, "%d.%06d\n%s", now.Unix(), now.Nanosecond()/1000, d.Words); err != nil {
 		return err
 	}
+	// A channel of Linux may not notice the words until something more comes, see
+	// nudge. The shell does not read beyond them.
+	ticker := time.NewTicker(patience)
+	defer ticker.Stop()
+	answered := make(chan struct{})
+	defer close(answered)
+	go func() {
+		for {
+			select {
+			case <-ticker.C:
+				io.WriteString(conn, "\n")
+			case <-answered:
+				return
+			}
+		}
+	}()
 	line, err := readLine(conn)
 	switch {
 	case err != nil:
@@ -80,23 +108,4 @@ func readLine(r io.Reader) (string, error) {
 		}
 	}
 	return "", fmt.Errorf("a line of more than %d bytes", maxDoorLine)
-}
-
-// connect returns a connection on which an SSH server is about to speak, or
-// does so already.
-func (t Target) connect(ctx context.Context) (net.Conn, error) {
-	network, address := "tcp", t.Address
-	if t.Door != nil {
-		network, address = "unix", t.Door.Socket
-	}
-	conn, err := connect(ctx, network, address)
-	if err != nil || t.Door == nil {
-		return conn, err
-	}
-	defer context.AfterFunc(ctx, func() { conn.Close() })()
-	if err := t.Door.open(conn); err != nil {
-		conn.Close()
-		return nil, fmt.Errorf("by the door %s: %w", address, err)
-	}
-	return conn, nil
 }

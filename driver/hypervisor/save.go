@@ -60,31 +60,30 @@ func (c *Connection) RestoreDomain(ctx context.Context, name, path, xml string) 
 	}), "restore domain %s from %s", name, path)
 }
 
-// Channel returns the path of the socket on the host behind a running domain's
-// virtio channel of that name. ErrNotFound when the domain has none.
+// Channels returns the paths of the UNIX sockets of a running domain's virtio
+// channels by their names.
 //
 // https://libvirt.org/formatdomain.html#channel
-func (c *Connection) Channel(ctx context.Context, domain, channel string) (string, error) {
+func (c *Connection) Channels(ctx context.Context, domain string) (map[string]string, error) {
 	var text string
-	what := func(err error) error { return wrap(err, "find channel %s of domain %s", channel, domain) }
 	err := c.domain(ctx, domain, func(rpc *libvirt.Libvirt, domain libvirt.Domain) (err error) {
 		text, err = rpc.DomainGetXMLDesc(domain, 0)
 		return err
 	})
-	if err != nil {
-		return "", what(err)
-	}
 	var doc libvirtxml.Domain
-	if err := doc.Unmarshal(text); err != nil {
-		return "", what(err)
+	if err == nil {
+		err = doc.Unmarshal(text)
 	}
+	if err != nil {
+		return nil, wrap(err, "find the channels of domain %s", domain)
+	}
+	paths := map[string]string{}
 	if doc.Devices != nil {
 		for _, c := range doc.Devices.Channels {
-			if c.Target != nil && c.Target.VirtIO != nil && c.Target.VirtIO.Name == channel &&
-				c.Source != nil && c.Source.UNIX != nil && c.Source.UNIX.Path != "" {
-				return c.Source.UNIX.Path, nil
+			if c.Target != nil && c.Target.VirtIO != nil && c.Source != nil && c.Source.UNIX != nil && c.Source.UNIX.Path != "" {
+				paths[c.Target.VirtIO.Name] = c.Source.UNIX.Path
 			}
 		}
 	}
-	return "", what(ErrNotFound)
+	return paths, nil
 }
