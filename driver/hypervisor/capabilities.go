@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"time"
 
 	"github.com/digitalocean/go-libvirt"
 	"libvirt.org/go/libvirtxml"
@@ -32,13 +33,44 @@ var modern = map[string]string{
 	"s390x":   "s390-ccw-virtio",
 }
 
+// freshness is for how long an offer of the host's counts. To have one takes two
+// documents of tens of kilobytes, and a stage needs it up to three times.
+const freshness = 10 * time.Second
+
+// A demand is what Capabilities is asked for, and an offer what it has answered.
+type (
+	demand struct{ virtType, machine string }
+	offer  struct {
+		Capabilities
+		at time.Time
+	}
+)
+
 // Capabilities asks what the host offers for a virtualisation type, "kvm" or
 // "qemu"; with "auto", for KVM where the host has it. machine overrides the
-// machine type unless empty.
+// machine type unless empty. The answer may be some seconds old.
 //
 // https://libvirt.org/formatcaps.html
 // https://libvirt.org/formatdomaincaps.html
 func (c *Connection) Capabilities(ctx context.Context, virtType, machine string) (Capabilities, error) {
+	asked := demand{virtType, machine}
+	c.mu.Lock()
+	last, known := c.offers[asked]
+	c.mu.Unlock()
+	if known && time.Since(last.at) < freshness {
+		return last.Capabilities, nil
+	}
+	now := time.Now()
+	caps, err := c.readCapabilities(ctx, virtType, machine)
+	if err == nil {
+		c.mu.Lock()
+		c.offers[asked] = offer{caps, now}
+		c.mu.Unlock()
+	}
+	return caps, err
+}
+
+func (c *Connection) readCapabilities(ctx context.Context, virtType, machine string) (Capabilities, error) {
 	var hostText string
 	err := c.do(ctx, func(rpc *libvirt.Libvirt) (err error) {
 		hostText, err = rpc.ConnectGetCapabilities()

@@ -1,9 +1,11 @@
 package hypervisor
 
 import (
+	"context"
 	"fmt"
 	"strings"
 	"testing"
+	"time"
 )
 
 // hostOf makes the part of a capabilities document that is looked at, for a
@@ -59,5 +61,23 @@ func TestWhatTheHostCannotRunIsNamed(t *testing.T) {
 	}
 	if _, err := choose("<capabilities", "auto", ""); err == nil {
 		t.Error("a torn document is taken for an answer")
+	}
+}
+
+func TestAnOfferCountsForAWhile(t *testing.T) {
+	c := New("qemu:///system", t.TempDir()+"/none")
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	want := Capabilities{VirtType: "kvm", Arch: "x86_64", MachineType: "q35"}
+	c.offers[demand{"auto", ""}] = offer{want, time.Now()}
+	if got, err := c.Capabilities(ctx, "auto", ""); err != nil || got != want {
+		t.Errorf("a fresh one: %+v, %v", got, err)
+	}
+	if _, err := c.Capabilities(ctx, "qemu", ""); err == nil {
+		t.Error("another one has been taken")
+	}
+	c.offers[demand{"auto", ""}] = offer{want, time.Now().Add(-freshness)}
+	if _, err := c.Capabilities(ctx, "auto", ""); err == nil {
+		t.Error("an old one has been taken")
 	}
 }

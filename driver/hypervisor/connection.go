@@ -75,6 +75,7 @@ type Connection struct {
 	current  *session
 	told     bool                       // that libvirtd is away
 	networks map[string]libvirt.Network // by their names, as they were last looked up
+	offers   map[demand]offer
 }
 
 // session is one connection of Connection's life.
@@ -88,7 +89,8 @@ type session struct {
 // the first of Sockets that exists or, for "qemu:///session", of the user's own.
 // Nothing is dialled yet.
 func New(uri, path string) *Connection {
-	return &Connection{uri: uri, socket: path, grace: Grace, dialling: make(chan struct{}, 1), networks: map[string]libvirt.Network{}}
+	return &Connection{uri: uri, socket: path, grace: Grace, dialling: make(chan struct{}, 1),
+		networks: map[string]libvirt.Network{}, offers: map[demand]offer{}}
 }
 
 // Close closes the connection, at once: libvirtd needs no farewell.
