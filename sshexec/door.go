@@ -35,6 +35,9 @@ const (
 // ErrShut says that the door was found, but did not open.
 var ErrShut = errors.New("the door stays shut")
 
+// reminder is how long the shell of a door may be left with what it was told.
+const reminder = time.Second
+
 // maxDoorLine is how long a line may be that is said at a door, in bytes.
 const maxDoorLine = 4096
 
@@ -59,7 +62,7 @@ func (d *Door) talk(conn net.Conn) error {
 	}
 	// A channel of Linux may not notice the words until something more comes, see
 	// nudge. The shell does not read beyond them.
-	ticker := time.NewTicker(patience)
+	ticker := time.NewTicker(reminder)
 	defer ticker.Stop()
 	answered := make(chan struct{})
 	defer close(answered)
