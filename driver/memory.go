@@ -202,6 +202,12 @@ func (mk *Maker) restore(ctx context.Context, m *machine, from slot) (reached co
 	if err != nil {
 		return contact{}, nil, fmt.Errorf("find room for the machine: %w", err)
 	}
+	ready := mk.startKeeper(*m) // by the time that the guest is
+	defer func() {
+		if err != nil {
+			ready.release(false)
+		}
+	}()
 	err = mk.thaw(ctx, m, from)
 	release()
 	if err != nil {
@@ -220,21 +226,19 @@ func (mk *Maker) restore(ctx context.Context, m *machine, from slot) (reached co
 	if err != nil {
 		return contact{}, nil, unfit("%w", err)
 	}
-	keeper = mk.startKeeper(*m)
-	reached, err = mk.tryShell(watched, keeper, knock{
+	reached, err = mk.tryShell(watched, ready, knock{
 		Address: from.Address, User: m.image.User, Own: m.keys.client.Private(), HostKey: from.HostKey, Limit: attempt,
 		Shell: string(m.image.Shell),
-		Door:  &sshexec.Door{Server: channels[domainxml.Door], Shell: channels[domainxml.DoorShell], Words: m.identify(keeper)},
+		Door:  &sshexec.Door{Server: channels[domainxml.Door], Shell: channels[domainxml.DoorShell], Words: m.identify(ready)},
 	})
 	if err != nil {
-		keeper.release(false)
 		return contact{}, nil, unfit("enter the restored guest: %w", err)
 	}
 	// The server behind the door has its keys from before the save; the network's
 	// has the new one.
 	reached.Own, reached.HostKey = m.keys.client.Private(), strings.TrimSpace(m.keys.host.Public())
 	mk.Log.Step("shell", time.Since(begun), "%s@%s, a machine of its own now", m.image.User, reached.Address)
-	return reached, keeper, nil
+	return reached, ready, nil
 }
 
 // thaw makes the machine's disk and restores its domain.
