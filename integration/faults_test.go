@@ -204,18 +204,19 @@ func (x *trial) cleanUp(t *testing.T) {
 	x.count(t)
 }
 
-// settle is how long after a cleanup what finishes it may take, and libvirt to write down what it has done.
-const settle = time.Minute
-
-// count counts what is left of the try's machine.
+// count counts what is left of the try's machine when what finishes its cleanup has had its time.
 func (x *trial) count(t *testing.T) {
 	t.Helper()
 	x.gone = true
-	left, err := x.leftBehind()
-	for deadline := time.Now().Add(settle); err == nil && len(left) > 0 && time.Now().Before(deadline); {
-		time.Sleep(settle / 120)
-		left, err = x.leftBehind()
-	}
+	machine := x.machine()
+	sum := sha256.Sum256([]byte(machine))
+	socket := fmt.Sprintf("%x.ssh", sum[:12])
+	left, err := leftOnHost(func(thing string) bool {
+		if x.forgotten != "" && strings.HasPrefix(thing, x.forgotten) {
+			return false
+		}
+		return strings.Contains(thing, machine) || strings.Contains(thing, macAddress(machine)) || strings.Contains(thing, socket)
+	})
 	if err != nil {
 		t.Error(err)
 	}
@@ -225,26 +226,6 @@ func (x *trial) count(t *testing.T) {
 	x.row.mu.Lock()
 	defer x.row.mu.Unlock()
 	x.row.left += len(left)
-}
-
-// leftBehind returns what there is on the host of the try's machine.
-func (x *trial) leftBehind() ([]string, error) {
-	machine := x.machine()
-	sum := sha256.Sum256([]byte(machine))
-	socket := fmt.Sprintf("%x.ssh", sum[:12])
-	seen, err := lookAround()
-	var left []string
-	for kind, things := range seen {
-		for _, thing := range things {
-			if x.forgotten != "" && strings.HasPrefix(thing, x.forgotten) {
-				continue
-			}
-			if strings.Contains(thing, machine) || strings.Contains(thing, macAddress(machine)) || strings.Contains(thing, socket) {
-				left = append(left, kind+": "+thing)
-			}
-		}
-	}
-	return left, err
 }
 
 // wantLost checks that a call is the host's failure, says why, and hands over no exit code.

@@ -14,6 +14,7 @@ import (
 	"flag"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -81,30 +82,77 @@ func TestMain(m *testing.M) {
 // lookAround returns, by kind, everything on the host that a machine could leave there. It asks virsh and the file
 // system, and not the driver.
 func lookAround() (map[string][]string, error) {
-	seen := map[string][]string{}
-	for _, list := range []string{"list --all --name", "pool-list --all --name", "net-list --all --name"} {
-		out, err := tryVirsh(strings.Fields(list)...)
-		if err != nil {
-			return nil, err
-		}
-		seen["virsh "+list] = strings.Fields(out)
+	seen, err := lookAtFiles()
+	if err != nil {
+		return nil, err
 	}
-	for _, network := range seen["virsh net-list --all --name"] {
-		out, err := tryVirsh("net-dhcp-leases", network)
-		if err != nil {
-			continue // it is not active, and has none
-		}
-		for line := range strings.Lines(out) {
-			if fields := strings.Fields(line); len(fields) > 4 { // date, time, MAC, protocol, address, ...
+	known, err := lookAtLibvirt()
+	if err != nil {
+		return nil, err
+	}
+	maps.Copy(seen, known)
+	return seen, nil
+}
+
+// lookAtLibvirt is the part of lookAround that virsh shows.
+func lookAtLibvirt() (map[string][]string, error) {
+	const networks = "net-list --all --name"
+	lists, err := inOneVirsh("list --all --name", "pool-list --all --name", networks)
+	if err != nil {
+		return nil, err
+	}
+	seen := map[string][]string{}
+	for list, lines := range lists {
+		seen["virsh "+list] = strings.Fields(strings.Join(lines, " "))
+	}
+	var commands []string
+	for _, network := range seen["virsh "+networks] {
+		commands = append(commands, "net-dhcp-leases "+network, "net-dumpxml "+network)
+	}
+	answers, _ := inOneVirsh(commands...) // a network that is not active has no leases, and one may be gone by now
+	for command, lines := range answers {
+		what, network, _ := strings.Cut(command, " ")
+		for _, line := range lines {
+			if fields := strings.Fields(line); what == "net-dhcp-leases" && len(fields) > 4 { // date, time, MAC, protocol, address, ...
 				seen["leases of network "+network] = append(seen["leases of network "+network], fields[2]+" "+fields[4])
 			}
+			if kept := reservation.FindString(line); kept != "" {
+				seen["reservations of network "+network] = append(seen["reservations of network "+network], kept)
+			}
 		}
-		out, err = tryVirsh("net-dumpxml", network)
-		if err != nil {
-			continue // it is gone by now
-		}
-		seen["reservations of network "+network] = append(seen["reservations of network "+network], reservation.FindAllString(out, -1)...)
 	}
+	return seen, nil
+}
+
+// inOneVirsh returns the lines that each of the commands prints; one that fails prints none. One virsh for all takes a
+// fraction of the processor time of one for each, which counts where it is done again and again.
+func inOneVirsh(commands ...string) (map[string][]string, error) {
+	const mark = "= "
+	var script strings.Builder
+	for _, command := range commands {
+		fmt.Fprintf(&script, "echo '%s%s\n'; %s; ", mark, command, command)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, "virsh", "--quiet", "--connect", "qemu:///system", script.String()).Output()
+	if err != nil {
+		err = fmt.Errorf("virsh %q: %w: %s", script.String(), err, out)
+	}
+	lines, command := map[string][]string{}, ""
+	for line := range strings.Lines(string(out)) {
+		line = strings.TrimSuffix(line, "\n")
+		if next, ok := strings.CutPrefix(line, mark); ok {
+			command = next
+			continue
+		}
+		lines[command] = append(lines[command], line)
+	}
+	return lines, err
+}
+
+// lookAtFiles is the part of lookAround that the file system shows, processes among it. It costs little.
+func lookAtFiles() (map[string][]string, error) {
+	seen := map[string][]string{}
 	for _, dir := range []string{
 		"/var/lib/libvirt", consoles, "/etc/libvirt/qemu", "/run/libvirt/qemu", "/run/libvirt-driver",
 	} {
@@ -154,25 +202,40 @@ var reservation = regexp.MustCompile(`<host mac='([^']*)'.* ip='([^']*)'`)
 // to is done.
 func wantGone(t *testing.T, machine string) {
 	t.Helper()
-	var left []string
+	left, err := leftOnHost(func(thing string) bool {
+		return strings.Contains(thing, machine) || strings.Contains(thing, macAddress(machine))
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(left) > 0 {
+		t.Fatalf("left on the host: %q", left)
+	}
+}
+
+// leftOnHost waits, for a minute at most, until nothing on the host is a machine's, and returns what is then. While
+// files and processes are left, which cost little to look at, libvirt is not asked.
+func leftOnHost(ofMachine func(thing string) bool) ([]string, error) {
 	for deadline := time.Now().Add(time.Minute); ; time.Sleep(50 * time.Millisecond) {
-		seen, err := lookAround()
-		if err != nil {
-			t.Fatal(err)
-		}
-		left = nil
-		for kind, things := range seen {
-			for _, thing := range things {
-				if strings.Contains(thing, machine) || strings.Contains(thing, macAddress(machine)) {
-					left = append(left, kind+": "+thing)
+		var left []string
+		for _, look := range []func() (map[string][]string, error){lookAtFiles, lookAtLibvirt, lookAtFiles} {
+			seen, err := look()
+			if err != nil {
+				return nil, err
+			}
+			for kind, things := range seen {
+				for _, thing := range things {
+					if ofMachine(thing) {
+						left = append(left, kind+": "+thing)
+					}
 				}
 			}
+			if len(left) > 0 {
+				break
+			}
 		}
-		if len(left) == 0 {
-			return
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("left on the host: %q", left)
+		if len(left) == 0 || time.Now().After(deadline) {
+			return left, nil
 		}
 	}
 }
