@@ -57,11 +57,12 @@ func said(text string) func(*runner.Call, string) bool {
 	}
 }
 
-// look is how often a phase's sign is looked for: some phases take no longer than a few milliseconds.
+// look is how often a phase's sign is looked for where it is not known how long the phase takes: some take no longer
+// than a few milliseconds.
 const look = 200 * time.Microsecond
 
-// await waits until a phase has begun, and reports false when the call ends without.
-func (p phase) await(call *runner.Call, machine string) bool {
+// await looks, at intervals, until a phase has begun, and reports false when the call ends without.
+func (p phase) await(call *runner.Call, machine string, interval time.Duration) bool {
 	for {
 		if p.begun(call, machine) {
 			return true
@@ -69,7 +70,7 @@ func (p phase) await(call *runner.Call, machine string) bool {
 		select {
 		case <-call.Done():
 			return false
-		case <-time.After(look):
+		case <-time.After(interval):
 		}
 	}
 }
@@ -78,7 +79,7 @@ func (p phase) await(call *runner.Call, machine string) bool {
 func clock(call *runner.Call, machine string, phases []phase) []time.Duration {
 	began := make([]time.Time, len(phases)+1)
 	for i, p := range phases {
-		p.await(call, machine)
+		p.await(call, machine, look)
 		began[i] = time.Now()
 	}
 	<-call.Done()
@@ -111,7 +112,8 @@ func (g *target) strike(t *testing.T, x *trial, call *runner.Call, sig syscall.S
 	if i == len(g.phases)-1 {
 		delay /= 4 // it is over in milliseconds, of which the look that finds it has taken some
 	}
-	g.phases[i].await(call, x.machine())
+	// As exact as the phase is long: guests boot meanwhile, and need the processors more.
+	g.phases[i].await(call, x.machine(), min(max(look, g.took[i]/100), 10*time.Millisecond))
 	time.Sleep(delay)
 
 	hit := "after its end"
