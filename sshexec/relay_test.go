@@ -3,6 +3,7 @@ package sshexec
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"os"
@@ -139,16 +140,19 @@ func TestRelayIsLikeAConnection(t *testing.T) {
 
 func TestRelayStopsATree(t *testing.T) {
 	s := startServer(t, nil)
-	at, _ := startRelay(t, s)
 	for _, script := range []string{tree, stubborn} {
+		at, _ := startRelay(t, s)
 		_, took, err := cancelWhenReady(t, dialRelay(t, at), script)
 		if !errors.Is(err, context.Canceled) || took > 9*time.Second {
 			t.Errorf("error %v after %v", err, took)
 		}
 		s.waitNoCommands(t) // as without a relay: who stopped them needs a moment to end
-	}
-	if _, _, err := run(t, dialRelay(t, at), "bash", "exit 0"); err != nil {
-		t.Errorf("the next script: %v", err)
+		if strings.Contains(fmt.Sprint(err), "still run") {
+			continue // on a busy machine it can take too long, and ends the connection then
+		}
+		if _, _, err := run(t, dialRelay(t, at), "bash", "exit 0"); err != nil {
+			t.Errorf("the next script: %v", err)
+		}
 	}
 }
 
