@@ -236,7 +236,7 @@ func (f *faults) freeze(t *testing.T) {
 		x.start(t, f.config(t, `cmdline = "console=ttyS0 quiet no_timer_check rdinit=/bin/sh"`, "[timeouts]", `address = "10s"`))
 		await(f.prepare.total())
 		// Where it is frozen while the machine is started, the guest's time begins when it is not any more.
-		x.wantLost(t, x.ex.Prepare(t.Context()), patience, "none after 10s (timeouts.address)")
+		x.wantLost(t, x.ex.Prepare(t.Context()), f.prepare.total()+time.Minute, "none after 10s (timeouts.address)")
 	})
 	s.add(f, f.row(deadline, "run"), 1, func(t *testing.T, x *trial, await func(time.Duration)) {
 		ex := x.prepared(t, f.config(t, ""))
