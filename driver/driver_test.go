@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -242,15 +243,16 @@ func TestAnAddressIsLookedForWhenTheGuestIsNoticed(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
 	looks := 0
+	var tries []int
 	address, err := s.waitForAddress(ctx, machine{}, func(context.Context) (netip.Addr, error) {
 		if looks++; looks == 3 {
 			return s.host.lent, nil
 		}
 		go func() { s.host.noticed <- struct{}{} }()
 		return netip.Addr{}, nil
-	}, func(int) time.Duration { return time.Hour })
-	if err != nil || address != s.host.lent || looks != 3 {
-		t.Errorf("%v, %v after %d looks", address, err, looks)
+	}, func(try int) time.Duration { tries = append(tries, try); return time.Hour })
+	if err != nil || address != s.host.lent || looks != 3 || !slices.Equal(tries, []int{0, 0}) {
+		t.Errorf("%v, %v after %d looks, paced as after %v", address, err, looks, tries)
 	}
 }
 

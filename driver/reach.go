@@ -119,7 +119,7 @@ func (mk *Maker) waitForAddress(ctx context.Context, m machine, look locator, pa
 		}
 		select {
 		case <-noticed: // it asks for its address about now
-			try = 0
+			try = -1 // so that the next look is the first
 		case <-time.After(pace(try)):
 		case <-ctx.Done():
 		}

@@ -197,7 +197,7 @@ const (
 	maxText    = maxReport/6 - 512
 )
 
-// send sends a packet. Who does not get it has gone.
+// send sends a packet. Who does not take it within [keepAliveLimit] has gone.
 func send(conn *net.UnixConn, message any, files ...*os.File) error {
 	text, err := json.Marshal(message)
 	if err != nil {
@@ -211,6 +211,7 @@ func send(conn *net.UnixConn, message any, files ...*os.File) error {
 	if len(files) > 0 {
 		rights = syscall.UnixRights(numbers...)
 	}
+	conn.SetWriteDeadline(time.Now().Add(keepAliveLimit))
 	_, _, err = conn.WriteMsgUnix(text, rights, nil)
 	return err
 }

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"sync"
 	"time"
 )
 
@@ -18,8 +17,7 @@ type RelayClient struct {
 	hostKey string
 	conn    *net.UnixConn
 
-	mu    sync.Mutex
-	cause error // why the connection was closed from here
+	ending
 }
 
 // DialRelay connects to the relay at a socket that expects this token. A relay that
@@ -30,7 +28,7 @@ func DialRelay(ctx context.Context, path, token string) (*RelayClient, error) {
 		return nil, fmt.Errorf("connect to %s: %w: %w", path, ErrUnreachable, err)
 	}
 	c := &RelayClient{conn: conn.(*net.UnixConn)}
-	defer context.AfterFunc(ctx, func() { c.close(context.Cause(ctx)) })()
+	defer context.AfterFunc(ctx, func() { c.end(c.conn, context.Cause(ctx)) })()
 	err = send(c.conn, request{Token: token})
 	var answer report
 	if err == nil {
@@ -54,24 +52,14 @@ func (c *RelayClient) Ping(ctx context.Context) error { return c.ask(ctx, "ping"
 func (c *RelayClient) Alive(ctx context.Context) error { return c.ask(ctx, "alive") }
 
 // Abort does what [Client.Abort] does.
-func (c *RelayClient) Abort(cause error) { c.close(cause) }
+func (c *RelayClient) Abort(cause error) { c.end(c.conn, cause) }
 
 // Close closes the connection. A script that still runs is stopped.
-func (c *RelayClient) Close() error { return c.close(net.ErrClosed) }
-
-func (c *RelayClient) close(cause error) error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.cause != nil {
-		return nil
-	}
-	c.cause = cause
-	return c.conn.Close()
-}
+func (c *RelayClient) Close() error { return c.end(c.conn, net.ErrClosed) }
 
 // ask asks for something without an input and an output.
 func (c *RelayClient) ask(ctx context.Context, what string) error {
-	defer context.AfterFunc(ctx, func() { c.close(context.Cause(ctx)) })()
+	defer context.AfterFunc(ctx, func() { c.end(c.conn, context.Cause(ctx)) })()
 	if err := send(c.conn, request{Do: what}); err != nil {
 		return c.lost(err)
 	}

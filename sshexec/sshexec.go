@@ -78,8 +78,24 @@ type Client struct {
 	ssh  ssh.Conn
 	dead chan struct{} // closed once the connection is down
 
+	ending
+}
+
+// An ending is why a connection was closed; the first cause counts.
+type ending struct {
 	mu    sync.Mutex
-	cause error // why the connection went down; the first one counts
+	cause error
+}
+
+// end closes the connection unless it was closed already.
+func (e *ending) end(conn io.Closer, cause error) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.cause != nil {
+		return nil
+	}
+	e.cause = cause
+	return conn.Close()
 }
 
 // HostKey returns the host key that was verified or, when [Target.HostKey] was
@@ -141,15 +157,7 @@ func (c *Client) Close() error {
 }
 
 // lose closes the connection and keeps the first cause it was given.
-func (c *Client) lose(cause error) error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.cause != nil {
-		return nil
-	}
-	c.cause = cause
-	return c.conn.Close()
-}
+func (c *Client) lose(cause error) error { return c.end(c.conn, cause) }
 
 // lost returns the error of a command whose channel ended without an exit
 // status.

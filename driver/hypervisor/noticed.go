@@ -31,7 +31,7 @@ func (c *Connection) Noticed(ctx context.Context, mac string) (<-chan struct{}, 
 		return nil, wrap(os.NewSyscallError("bind", err), "look out for %s", mac)
 	}
 	context.AfterFunc(ctx, func() { socket.Close() })
-	noticed := make(chan struct{}, 1)
+	told := make(chan struct{}, 1)
 	go func() {
 		message := make([]byte, 8<<10)
 		for {
@@ -42,11 +42,11 @@ func (c *Connection) Noticed(ctx context.Context, mac string) (<-chan struct{}, 
 			}
 			if err != nil || bytes.Contains(message[:n], hardware) {
 				select {
-				case noticed <- struct{}{}:
+				case told <- struct{}{}:
 				default:
 				}
 			}
 		}
 	}()
-	return noticed, nil
+	return told, nil
 }
