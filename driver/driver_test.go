@@ -243,16 +243,19 @@ func TestAnAddressIsLookedForWhenTheGuestIsNoticed(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
 	looks := 0
-	var tries []int
+	var paced []string
 	address, err := s.waitForAddress(ctx, machine{}, func(context.Context) (netip.Addr, error) {
 		if looks++; looks == 3 {
 			return s.host.lent, nil
 		}
 		go func() { s.host.noticed <- struct{}{} }()
 		return netip.Addr{}, nil
-	}, func(try int) time.Duration { tries = append(tries, try); return time.Hour })
-	if err != nil || address != s.host.lent || looks != 3 || !slices.Equal(tries, []int{0, 0}) {
-		t.Errorf("%v, %v after %d looks, paced as after %v", address, err, looks, tries)
+	}, func(noticed bool, try int) time.Duration {
+		paced = append(paced, fmt.Sprint(noticed, " ", try))
+		return time.Hour
+	})
+	if err != nil || address != s.host.lent || looks != 3 || !slices.Equal(paced, []string{"false 0", "true 0"}) {
+		t.Errorf("%v, %v after %d looks, paced as after %q", address, err, looks, paced)
 	}
 }
 

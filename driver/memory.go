@@ -214,7 +214,7 @@ func (mk *Maker) restore(ctx context.Context, m *machine, from slot) (reached co
 		return contact{}, nil, unfit("restore %s: %w", from.Name, err)
 	}
 
-	watched, stop := mk.followed(ctx, m.domain, func(state hypervisor.State) bool {
+	watched, stop := mk.followed(ctx, m.domain, 0, func(state hypervisor.State) bool {
 		return state.Kind != hypervisor.Running
 	})
 	defer stop()

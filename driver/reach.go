@@ -30,7 +30,7 @@ const (
 
 // reach waits until the new machine answers over SSH, for as long as it runs.
 func (mk *Maker) reach(ctx context.Context, m machine, keeper *Keeper) (contact, error) {
-	ctx, stop := mk.followed(ctx, m.domain, func(state hypervisor.State) bool {
+	ctx, stop := mk.followed(ctx, m.domain, 0, func(state hypervisor.State) bool {
 		return state.Kind != hypervisor.Running
 	})
 	defer stop()
@@ -74,13 +74,15 @@ func (e *guestLost) Error() string {
 }
 
 // followed returns a context that ends, with a guestLost as its cause, when
-// lost says so of the machine's state. A libvirtd that is away is waited for:
-// what counts then is what the guest itself says.
-func (h *Host) followed(ctx context.Context, name string, lost func(hypervisor.State) bool) (context.Context, func()) {
+// lost says so of the machine's state, which is first looked at after a while. A
+// libvirtd that is away is waited for: what counts then is what the guest itself
+// says.
+func (h *Host) followed(ctx context.Context, name string, after time.Duration, lost func(hypervisor.State) bool) (context.Context, func()) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
+		pause(ctx, after)
 		for ctx.Err() == nil {
 			state, err := h.Hypervisor.Watch(ctx, name, lost)
 			if err == nil {
@@ -100,15 +102,20 @@ func (h *Host) followed(ctx context.Context, name string, lost func(hypervisor.S
 // none yet.
 type locator func(context.Context) (netip.Addr, error)
 
+// pace returns the pause after a look that found no address: after so many tries
+// since the guest was noticed or, while it has not been, since the beginning.
+type pace func(noticed bool, try int) time.Duration
+
 // waitForAddress waits until the guest has an address.
-func (mk *Maker) waitForAddress(ctx context.Context, m machine, look locator, pace func(try int) time.Duration) (netip.Addr, error) {
+func (mk *Maker) waitForAddress(ctx context.Context, m machine, look locator, pace pace) (netip.Addr, error) {
 	limit := mk.Settings.Timeouts.Address
 	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("none after %v (timeouts.address)", limit))
 	defer cancel()
-	noticed, err := mk.Hypervisor.Noticed(ctx, m.mac)
+	notices, err := mk.Hypervisor.Noticed(ctx, m.mac)
 	if err != nil {
 		mk.Log.Note("the guest's address will be noticed late: %v", err)
 	}
+	noticed := false
 	for try := 0; ; try++ {
 		address, err := look(ctx)
 		switch {
@@ -118,9 +125,10 @@ func (mk *Maker) waitForAddress(ctx context.Context, m machine, look locator, pa
 			return address, err
 		}
 		select {
-		case <-noticed: // it asks for its address about now
+		case <-notices: // it asks for its address about now
+			noticed = true
 			try = -1 // so that the next look is the first
-		case <-time.After(pace(try)):
+		case <-time.After(pace(noticed, try)):
 		case <-ctx.Done():
 		}
 	}
@@ -128,26 +136,25 @@ func (mk *Maker) waitForAddress(ctx context.Context, m machine, look locator, pa
 
 // locate returns how to find the guest's address: by the network's leases where
 // it keeps any; elsewhere by what the guest agent says or the host has seen.
-// pace returns the pause after a look that found none.
-func (mk *Maker) locate(ctx context.Context, m machine) (look locator, pace func(try int) time.Duration, err error) {
+func (mk *Maker) locate(ctx context.Context, m machine) (look locator, pace pace, err error) {
 	keepsLeases, err := mk.Hypervisor.KeepsLeases(ctx, m.image.Network)
 	if err != nil {
 		return nil, nil, networkRemedy(err, err, m.image.Network)
 	}
 	switch source := m.image.Address; {
 	case source == settings.AddressAgent:
-		return mk.ask(m, hypervisor.Agent), backoff, nil
+		return mk.ask(m, hypervisor.Agent), steadily, nil
 	case source == settings.AddressARP:
-		return mk.ask(m, hypervisor.ARP), backoff, nil
+		return mk.ask(m, hypervisor.ARP), steadily, nil
 	case source == settings.AddressAuto && !keepsLeases:
-		return mk.ask(m, hypervisor.Agent, hypervisor.ARP), backoff, nil
+		return mk.ask(m, hypervisor.Agent, hypervisor.ARP), steadily, nil
 	case !keepsLeases:
 		return nil, nil, fmt.Errorf("network %s hands out no addresses: set address to agent or arp for image %s", m.image.Network, m.image.Name)
 	}
 	looks := 0
 	return func(ctx context.Context) (netip.Addr, error) {
 		// No lease does not tell whether the network still runs.
-		if looks++; looks%10 == 0 {
+		if looks++; looks%5 == 0 {
 			if _, err := mk.Hypervisor.KeepsLeases(ctx, m.image.Network); err != nil {
 				return netip.Addr{}, networkRemedy(err, err, m.image.Network)
 			}
@@ -160,11 +167,17 @@ func (mk *Maker) locate(ctx context.Context, m machine) (look locator, pace func
 	}, leasePace, nil
 }
 
-// leasePace returns the pause after a look for a lease: longer each time, and at last
-// a second, as every look takes libvirt's processor time and this one's, most when
-// many guests boot at once and take long. It begins anew when the guest is noticed,
-// which it is before it has a lease.
-func leasePace(try int) time.Duration {
+// steadily is the pace where a look is at what the guest or the host knows.
+func steadily(_ bool, try int) time.Duration { return backoff(try) }
+
+// leasePace is the pace where a look is at the network's leases. Every look takes
+// libvirt's processor time and this one's, most when many guests boot at once and
+// take long. A guest is noticed before it has a lease, by whoever is on the host of
+// its network; for anybody else 2 seconds are lost at most.
+func leasePace(noticed bool, try int) time.Duration {
+	if !noticed {
+		return 2 * time.Second
+	}
 	return min(time.Duration(try+1)*glance, 20*glance)
 }
 

@@ -15,6 +15,9 @@ import (
 )
 
 const (
+	// brief is how long a script may take before libvirt is asked whether its guest
+	// still runs: most take less, and to ask is a tenth of what a sub-stage costs.
+	brief = time.Second
 	// reconnect is how long a sub-stage tries to get into a guest that prepare
 	// has already been in.
 	reconnect = time.Minute
@@ -48,7 +51,7 @@ func (s *Stage) Run(ctx context.Context, script string) error {
 		return err
 	}
 	domain := cmp.Or(contact.Domain, machine)
-	watched, stop := s.followed(ctx, domain, func(state hypervisor.State) bool {
+	watched, stop := s.followed(ctx, domain, brief, func(state hypervisor.State) bool {
 		return state.Kind != hypervisor.Running && !state.ByHand
 	})
 	defer stop()

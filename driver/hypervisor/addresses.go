@@ -3,6 +3,7 @@ package hypervisor
 import (
 	"cmp"
 	"context"
+	"encoding/xml"
 	"fmt"
 	"net/netip"
 	"os"
@@ -12,7 +13,6 @@ import (
 	"time"
 
 	"github.com/digitalocean/go-libvirt"
-	"libvirt.org/go/libvirtxml"
 )
 
 // Lease is an address that a network's DHCP server has lent to a guest.
@@ -209,14 +209,10 @@ func (c *Connection) KeepsLeases(ctx context.Context, network string) (bool, err
 }
 
 func keepsLeases(text string) (bool, error) {
-	var doc libvirtxml.Network
-	if err := doc.Unmarshal(text); err != nil {
-		return false, err
+	var network struct {
+		Ranges []struct{} `xml:"ip>dhcp>range"`
+		Hosts  []struct{} `xml:"ip>dhcp>host"`
 	}
-	for _, ip := range doc.IPs {
-		if ip.DHCP != nil && len(ip.DHCP.Ranges)+len(ip.DHCP.Hosts) > 0 {
-			return true, nil
-		}
-	}
-	return false, nil
+	err := xml.Unmarshal([]byte(text), &network)
+	return len(network.Ranges)+len(network.Hosts) > 0, err
 }

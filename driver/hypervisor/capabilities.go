@@ -2,13 +2,13 @@ package hypervisor
 
 import (
 	"context"
+	"encoding/xml"
 	"errors"
 	"fmt"
 	"slices"
 	"time"
 
 	"github.com/digitalocean/go-libvirt"
-	"libvirt.org/go/libvirtxml"
 )
 
 // Capabilities is what the host can offer to a guest of its own architecture.
@@ -95,23 +95,48 @@ func (c *Connection) readCapabilities(ctx context.Context, virtType, machine str
 	return caps.complete(text)
 }
 
+// What is read of the two documents. libvirt's own types, which hold all of them,
+// take twice the time.
+type (
+	hostCaps struct {
+		Arch   string      `xml:"host>cpu>arch"`
+		Guests []guestCaps `xml:"guest"`
+	}
+	guestCaps struct {
+		OSType string `xml:"os_type"`
+		Arch   struct {
+			Name     string   `xml:"name,attr"`
+			Machines []string `xml:"machine"`
+			Domains  []struct {
+				Type     string   `xml:"type,attr"`
+				Machines []string `xml:"machine"`
+			} `xml:"domain"`
+		} `xml:"arch"`
+	}
+	domainCaps struct {
+		Machine string `xml:"machine"`
+		Modes   []struct {
+			Name      string `xml:"name,attr"`
+			Supported string `xml:"supported,attr"`
+		} `xml:"cpu>mode"`
+	}
+)
+
 // complete adds what the document of domain capabilities says.
 func (c Capabilities) complete(text string) (Capabilities, error) {
-	var doc libvirtxml.DomainCaps
-	if err := doc.Unmarshal(text); err != nil {
+	var doc domainCaps
+	if err := xml.Unmarshal([]byte(text), &doc); err != nil {
 		return c, fmt.Errorf("read the host's domain capabilities: %w", err)
 	}
 	if c.MachineType == "" {
 		c.MachineType = doc.Machine
 	}
-	if doc.CPU != nil {
-		for _, mode := range doc.CPU.Modes {
-			switch mode.Name {
-			case "host-passthrough":
-				c.HostPassthrough = mode.Supported == "yes"
-			case "maximum":
-				c.MaximumCPU = mode.Supported == "yes"
-			}
+	for _, mode := range doc.Modes {
+		switch mode.Name {
+		case "host-passthrough":
+			c.HostPassthrough = mode.Supported == "yes"
+		case "maximum":
+			c.MaximumCPU = mode.Supported == "yes"
 		}
 	}
 	return c, nil
@@ -120,27 +145,23 @@ func (c Capabilities) complete(text string) (Capabilities, error) {
 // choose picks architecture, virtualisation type and machine type from the
 // host's capabilities document. The machine type is empty for QEMU's default.
 func choose(text, virtType, machine string) (Capabilities, error) {
-	var host libvirtxml.Caps
-	if err := host.Unmarshal(text); err != nil {
+	var host hostCaps
+	if err := xml.Unmarshal([]byte(text), &host); err != nil {
 		return Capabilities{}, fmt.Errorf("read the host's capabilities: %w", err)
 	}
-	if host.Host.CPU == nil {
+	if host.Arch == "" {
 		return Capabilities{}, errors.New("read the host's capabilities: they name no processor")
 	}
-	caps := Capabilities{VirtType: virtType, Arch: host.Host.CPU.Arch, MachineType: machine}
+	caps := Capabilities{VirtType: virtType, Arch: host.Arch, MachineType: machine}
 	for _, guest := range host.Guests {
 		if guest.Arch.Name != caps.Arch || guest.OSType != "hvm" {
 			continue
 		}
-		var types, machines []string
-		for _, m := range guest.Arch.Machines {
-			machines = append(machines, m.Name)
-		}
+		machines := guest.Arch.Machines
+		var types []string
 		for _, d := range guest.Arch.Domains {
 			types = append(types, d.Type)
-			for _, m := range d.Machines {
-				machines = append(machines, m.Name)
-			}
+			machines = append(machines, d.Machines...)
 		}
 		switch {
 		case virtType == "auto" && slices.Contains(types, "kvm"):

@@ -1,6 +1,7 @@
 package hypervisor
 
 import (
+	"bufio"
 	"bytes"
 	"encoding/binary"
 	"errors"
@@ -61,7 +62,8 @@ var errNonsense = errors.New("libvirtd does not keep to its protocol")
 // go-libvirt means to do too. What cannot be decoded ends the connection.
 type framedConn struct {
 	net.Conn
-	packet []byte // what is still to be delivered of a packet that may pass
+	in     *bufio.Reader // of Conn; made by the first Read
+	packet []byte        // what is still to be delivered of a packet that may pass
 
 	sent []byte // what has been written of the header of a call
 	rest int    // what is still to be written of that call after its header
@@ -137,13 +139,17 @@ func (c *framedConn) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// next reads a packet. What it allocates is what has come, not what is said to.
+// next reads a packet. It allocates little more than what has come, whatever is said
+// to come.
 func (c *framedConn) next() ([]byte, error) {
-	var packet bytes.Buffer
-	if _, err := io.CopyN(&packet, c.Conn, 4); err != nil {
+	if c.in == nil {
+		c.in = bufio.NewReader(c.Conn)
+	}
+	word, err := c.in.Peek(4)
+	if err != nil {
 		return nil, err
 	}
-	length := binary.BigEndian.Uint32(packet.Bytes())
+	length := binary.BigEndian.Uint32(word)
 	if length < minPacket || length > maxPacket {
 		err := fmt.Errorf("%w: a packet of %d bytes", errNonsense, length)
 		c.mu.Lock()
@@ -151,7 +157,8 @@ func (c *framedConn) next() ([]byte, error) {
 		c.mu.Unlock()
 		return nil, err
 	}
-	_, err := io.CopyN(&packet, c.Conn, int64(length)-4)
+	packet := bytes.NewBuffer(make([]byte, 0, min(length, 64<<10)+bytes.MinRead))
+	_, err = io.CopyN(packet, c.in, int64(length))
 	return packet.Bytes(), err
 }
 

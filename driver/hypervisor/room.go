@@ -2,11 +2,11 @@ package hypervisor
 
 import (
 	"context"
+	"encoding/xml"
 	"errors"
 	"syscall"
 
 	"github.com/digitalocean/go-libvirt"
-	"libvirt.org/go/libvirtxml"
 )
 
 // Memory is how a host's memory stands, in bytes.
@@ -100,15 +100,18 @@ func (c *Connection) PoolSpace(ctx context.Context, pool string) (uint64, error)
 // looked for a volume there, while guests fill their disks and others come and
 // go; and making it look has it stop the pool when it stumbles.
 func folderSpace(pool string) (uint64, error) {
-	var p libvirtxml.StoragePool
-	if err := p.Unmarshal(pool); err != nil {
+	var p struct {
+		Type string `xml:"type,attr"`
+		Path string `xml:"target>path"`
+	}
+	if err := xml.Unmarshal([]byte(pool), &p); err != nil {
 		return 0, err
 	}
-	if p.Target == nil || p.Type != "dir" && p.Type != "fs" && p.Type != "netfs" {
+	if p.Path == "" || p.Type != "dir" && p.Type != "fs" && p.Type != "netfs" {
 		return 0, errors.New("not a pool of files")
 	}
 	var fs syscall.Statfs_t
-	if err := syscall.Statfs(p.Target.Path, &fs); err != nil {
+	if err := syscall.Statfs(p.Path, &fs); err != nil {
 		return 0, err
 	}
 	return fs.Bavail * uint64(fs.Frsize), nil

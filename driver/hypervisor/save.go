@@ -2,6 +2,7 @@ package hypervisor
 
 import (
 	"context"
+	"encoding/xml"
 
 	"github.com/digitalocean/go-libvirt"
 	"libvirt.org/go/libvirtxml"
@@ -70,19 +71,28 @@ func (c *Connection) Channels(ctx context.Context, domain string) (map[string]st
 		text, err = rpc.DomainGetXMLDesc(domain, 0)
 		return err
 	})
-	var doc libvirtxml.Domain
+	var doc struct {
+		Channels []struct {
+			Type   string `xml:"type,attr"`
+			Source struct {
+				Path string `xml:"path,attr"`
+			} `xml:"source"`
+			Target struct {
+				Type string `xml:"type,attr"`
+				Name string `xml:"name,attr"`
+			} `xml:"target"`
+		} `xml:"devices>channel"`
+	}
 	if err == nil {
-		err = doc.Unmarshal(text)
+		err = xml.Unmarshal([]byte(text), &doc)
 	}
 	if err != nil {
 		return nil, wrap(err, "find the channels of domain %s", domain)
 	}
 	paths := map[string]string{}
-	if doc.Devices != nil {
-		for _, c := range doc.Devices.Channels {
-			if c.Target != nil && c.Target.VirtIO != nil && c.Source != nil && c.Source.UNIX != nil && c.Source.UNIX.Path != "" {
-				paths[c.Target.VirtIO.Name] = c.Source.UNIX.Path
-			}
+	for _, c := range doc.Channels {
+		if c.Type == "unix" && c.Target.Type == "virtio" && c.Source.Path != "" {
+			paths[c.Target.Name] = c.Source.Path
 		}
 	}
 	return paths, nil
