@@ -154,7 +154,7 @@ func (mk *Maker) locate(ctx context.Context, m machine) (look locator, pace pace
 	looks := 0
 	return func(ctx context.Context) (netip.Addr, error) {
 		// No lease does not tell whether the network still runs.
-		if looks++; looks%5 == 0 {
+		if looks++; looks%3 == 0 {
 			if _, err := mk.Hypervisor.KeepsLeases(ctx, m.image.Network); err != nil {
 				return netip.Addr{}, networkRemedy(err, err, m.image.Network)
 			}
@@ -173,10 +173,10 @@ func steadily(_ bool, try int) time.Duration { return backoff(try) }
 // leasePace is the pace where a look is at the network's leases. Every look takes
 // libvirt's processor time and this one's, most when many guests boot at once and
 // take long. A guest is noticed before it has a lease, by whoever is on the host of
-// its network; for anybody else 2 seconds are lost at most.
+// its network; for anybody else 3 seconds are lost at most.
 func leasePace(noticed bool, try int) time.Duration {
 	if !noticed {
-		return 2 * time.Second
+		return 3 * time.Second
 	}
 	return min(time.Duration(try+1)*glance, 20*glance)
 }

@@ -16,6 +16,7 @@ type RelayClient struct {
 	addr    string // the guest's
 	hostKey string
 	conn    *net.UnixConn
+	text    []byte // for what is heard
 
 	ending
 }
@@ -27,7 +28,7 @@ func DialRelay(ctx context.Context, path, token string) (*RelayClient, error) {
 	if err != nil {
 		return nil, fmt.Errorf("connect to %s: %w: %w", path, ErrUnreachable, err)
 	}
-	c := &RelayClient{conn: conn.(*net.UnixConn)}
+	c := &RelayClient{conn: conn.(*net.UnixConn), text: make([]byte, maxReport)}
 	defer context.AfterFunc(ctx, func() { c.end(c.conn, context.Cause(ctx)) })()
 	err = send(c.conn, request{Token: token})
 	var answer report
@@ -144,12 +145,11 @@ func (c *RelayClient) await(lingering func()) (Verdict, error) {
 // hear waits for what the relay says next.
 func (c *RelayClient) hear() (r report, err error) {
 	c.conn.SetReadDeadline(time.Now().Add(keepAliveLimit))
-	text := make([]byte, maxReport)
-	n, err := c.conn.Read(text)
+	n, err := c.conn.Read(c.text)
 	if err != nil {
 		return r, c.lost(err)
 	}
-	return r, json.Unmarshal(text[:n], &r)
+	return r, json.Unmarshal(c.text[:n], &r)
 }
 
 // lost returns the error of what was under way when err came.
