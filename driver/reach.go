@@ -151,10 +151,11 @@ func (mk *Maker) locate(ctx context.Context, m machine) (look locator, pace pace
 	case !keepsLeases:
 		return nil, nil, fmt.Errorf("network %s hands out no addresses: set address to agent or arp for image %s", m.image.Network, m.image.Name)
 	}
-	looks := 0
+	checked := time.Now()
 	return func(ctx context.Context) (netip.Addr, error) {
 		// No lease does not tell whether the network still runs.
-		if looks++; looks%3 == 0 {
+		if time.Since(checked) >= 10*time.Second {
+			checked = time.Now()
 			if _, err := mk.Hypervisor.KeepsLeases(ctx, m.image.Network); err != nil {
 				return netip.Addr{}, networkRemedy(err, err, m.image.Network)
 			}
@@ -172,13 +173,14 @@ func steadily(_ bool, try int) time.Duration { return backoff(try) }
 
 // leasePace is the pace where a look is at the network's leases. Every look takes
 // libvirt's processor time and this one's, most when many guests boot at once and
-// take long. A guest is noticed before it has a lease, by whoever is on the host of
-// its network; for anybody else 3 seconds are lost at most.
+// take long. On the host of its network a guest is noticed before it has a lease,
+// and mostly as it gets one.
 func leasePace(noticed bool, try int) time.Duration {
+	const slowest = 3 * time.Second
 	if !noticed {
-		return 3 * time.Second
+		return slowest
 	}
-	return min(time.Duration(try+1)*glance, 20*glance)
+	return min(time.Duration(try+1)*glance, slowest)
 }
 
 // ask returns a locator that asks each source in turn.
