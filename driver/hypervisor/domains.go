@@ -3,6 +3,7 @@ package hypervisor
 import (
 	"context"
 	"fmt"
+	"time"
 
 	"github.com/digitalocean/go-libvirt"
 )
@@ -59,18 +60,27 @@ func (c *Connection) DefineDomain(ctx context.Context, name, xml string) error {
 	}), "define domain %s", name)
 }
 
-// StartDomain starts a defined domain. One that runs is left as it is.
+// StartDomain starts a defined domain. One that runs is left as it is. It tries
+// again where libvirt has chosen a port for the guest that still has the network
+// filter of an earlier one: the next has another name.
 //
 // https://libvirt.org/html/libvirt-libvirt-domain.html#virDomainCreateWithFlags
 func (c *Connection) StartDomain(ctx context.Context, name string) error {
-	return wrap(c.domain(ctx, name, func(rpc *libvirt.Libvirt, domain libvirt.Domain) error {
-		state, _, err := rpc.DomainGetState(domain, 0)
-		if err != nil || libvirt.DomainState(state) == libvirt.DomainRunning {
+	const tries = 5
+	for try := 1; ; try++ {
+		err := c.domain(ctx, name, func(rpc *libvirt.Libvirt, domain libvirt.Domain) error {
+			state, _, err := rpc.DomainGetState(domain, 0)
+			if err != nil || libvirt.DomainState(state) == libvirt.DomainRunning {
+				return err
+			}
+			_, err = rpc.DomainCreateWithFlags(domain, 0)
 			return err
+		})
+		if !filterRemains(err) || try == tries || ctx.Err() != nil {
+			return wrap(err, "start domain %s", name)
 		}
-		_, err = rpc.DomainCreateWithFlags(domain, 0)
-		return err
-	}), "start domain %s", name)
+		time.Sleep(100 * time.Millisecond)
+	}
 }
 
 // SuspendDomain lets a domain's processors stand still. A domain that does not

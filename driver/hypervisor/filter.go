@@ -3,6 +3,7 @@ package hypervisor
 import (
 	"context"
 	"net/netip"
+	"strings"
 
 	"github.com/digitalocean/go-libvirt"
 	"libvirt.org/go/libvirtxml"
@@ -48,4 +49,12 @@ func filtered(text, mac string, address netip.Addr) (string, error) {
 		return nic.Marshal()
 	}
 	return "", nil
+}
+
+// filterRemains reports whether err says that there is a filter already under the
+// name that libvirt has chosen for a guest's port. libvirtd leaves one for a while,
+// or for good, when it is killed as it starts or ends a guest. It has no number for
+// this.
+func filterRemains(err error) bool {
+	return is(err, libvirt.ErrOperationFailed) && strings.Contains(err.Error(), "binding '")
 }
