@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 	"unicode"
 
@@ -226,6 +227,23 @@ func TestRunGoesOnWhenTheSettingsChange(t *testing.T) {
 	s.host.domains[machineName] = text
 	if err := s.Run(context.Background(), script); err == nil || isBuild(err) || !strings.Contains(err.Error(), `image "default"`) {
 		t.Errorf("without the hand-over: %v", err)
+	}
+}
+
+// A cleanup that comes while the script runs has paused the guest, and may take
+// longer to end it than a stage waits to learn what became of it.
+func TestAGuestThatIsPausedByHandIsNotSaidToRun(t *testing.T) {
+	for state, want := range map[hypervisor.State]string{
+		{Kind: hypervisor.Paused, Reason: "by a user", ByHand: true}: "the guest " + machineName + " is paused (by a user)",
+		{Kind: hypervisor.Running}:                                   "the guest still runs, but the connection to it failed: lost",
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			s := newStage(t, nil)
+			s.host.domains[machineName], s.host.state = "defined", state
+			if err := s.explain(t.Context(), t.Context(), machineName, errors.New("lost")); err.Error() != want {
+				t.Errorf("%+v: %v, want %q", state, err, want)
+			}
+		})
 	}
 }
 

@@ -172,8 +172,12 @@ func (s *Stage) explain(ctx, watched context.Context, domain string, err error) 
 	}
 	asking, cancel := context.WithTimeout(ctx, time.Second)
 	defer cancel()
-	if _, unknown := s.Hypervisor.State(asking, domain); unknown != nil {
+	state, unknown := s.Hypervisor.State(asking, domain)
+	switch {
+	case unknown != nil:
 		return fmt.Errorf("the connection to the guest failed, and libvirtd does not say whether it still runs: %w", err)
+	case state.Kind != hypervisor.Running: // as that of a cleanup which takes long
+		return &guestLost{domain, state}
 	}
 	return fmt.Errorf("the guest still runs, but the connection to it failed: %w", err)
 }
