@@ -133,6 +133,9 @@ func TestADomainIsFollowedFromItsDefinitionToItsEnd(t *testing.T) {
 		t.Errorf("metadata: %q, found %v, %v", text, found, err)
 	}
 
+	if state, err := c.Watch(ctx, name, func(hypervisor.State) bool { return true }); err != nil || state.Kind != hypervisor.Running {
+		t.Errorf("watched for a moment: %v, %v", state, err)
+	}
 	watched := make(chan hypervisor.State, 1)
 	looked := make(chan struct{}, 1)
 	go func() {

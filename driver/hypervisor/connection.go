@@ -69,7 +69,9 @@ type Connection struct {
 	uri, socket string
 	grace       time.Duration
 
-	dialling chan struct{} // holds a token while a call makes the session
+	dialling    chan struct{} // holds a token while a call makes the session
+	subscribing chan struct{} // and this one while a call looks after events
+	events      *events
 
 	mu       sync.Mutex
 	current  *session
@@ -89,7 +91,7 @@ type session struct {
 // the first of Sockets that exists or, for "qemu:///session", of the user's own.
 // Nothing is dialled yet.
 func New(uri, path string) *Connection {
-	return &Connection{uri: uri, socket: path, grace: Grace, dialling: make(chan struct{}, 1),
+	return &Connection{uri: uri, socket: path, grace: Grace, dialling: make(chan struct{}, 1), subscribing: make(chan struct{}, 1),
 		networks: map[string]libvirt.Network{}, offers: map[demand]offer{}}
 }
 

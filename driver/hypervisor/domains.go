@@ -2,7 +2,6 @@ package hypervisor
 
 import (
 	"context"
-	"fmt"
 	"time"
 
 	"github.com/digitalocean/go-libvirt"
@@ -172,67 +171,6 @@ func (c *Connection) State(ctx context.Context, name string) (State, error) {
 		return State{Kind: Gone}, nil
 	}
 	return s, wrap(err, "read state of domain %s", name)
-}
-
-// Watch returns when done says so of the domain's state, with that state: at
-// once, or when libvirt's events tell of a change. It follows the domain
-// across restarts of libvirtd, and returns an error only when ctx ends.
-//
-// https://libvirt.org/html/libvirt-libvirt-domain.html#virDomainEventID
-func (c *Connection) Watch(ctx context.Context, name string, done func(State) bool) (State, error) {
-	for {
-		events, err := c.lifecycle(ctx)
-		if err != nil {
-			return State{}, wrap(err, "watch domain %s", name)
-		}
-		// Events come from now on; what came before them is in the state.
-		for live := true; live; {
-			state, err := c.State(ctx, name)
-			if err != nil || done(state) {
-				go drain(events)
-				return state, err
-			}
-			live = next(ctx, events, name)
-		}
-		if ctx.Err() != nil {
-			go drain(events)
-			return State{}, fmt.Errorf("watch domain %s: %w", name, context.Cause(ctx))
-		}
-	}
-}
-
-// lifecycle subscribes to the events of all domains until the connection ends,
-// and not until ctx does: to end a subscription is one more call, and libvirtd
-// (9.0 was seen to) can crash when it works on that while the client's
-// connection closes, since the closing ends the subscription too.
-func (c *Connection) lifecycle(ctx context.Context) (<-chan libvirt.DomainEventLifecycleMsg, error) {
-	var events <-chan libvirt.DomainEventLifecycleMsg
-	err := c.do(ctx, func(rpc *libvirt.Libvirt) (err error) {
-		events, err = rpc.LifecycleEvents(context.Background())
-		return err
-	})
-	return events, err
-}
-
-// next waits for an event of the domain and reports whether one came before
-// ctx ended, or the events did, as they do when the connection ends.
-func next(ctx context.Context, events <-chan libvirt.DomainEventLifecycleMsg, name string) bool {
-	for {
-		select {
-		case event, ok := <-events:
-			if !ok || event.Dom.Name == name {
-				return ok
-			}
-		case <-ctx.Done():
-			return false
-		}
-	}
-}
-
-// drain lets go-libvirt's sender end: it does not give up on a reader.
-func drain(events <-chan libvirt.DomainEventLifecycleMsg) {
-	for range events {
-	}
 }
 
 // domain runs call on the domain of that name. Its errors are libvirt's own.
