@@ -234,7 +234,7 @@ func TestRunGoesOnWhenTheSettingsChange(t *testing.T) {
 // longer to end it than a stage waits to learn what became of it.
 func TestAGuestThatIsPausedByHandIsNotSaidToRun(t *testing.T) {
 	for state, want := range map[hypervisor.State]string{
-		{Kind: hypervisor.Paused, Reason: "by a user", ByHand: true}: "the guest " + machineName + " is paused (by a user)",
+		{Kind: hypervisor.Paused, Reason: "by a user", ByHand: true}: "the guest " + machineName + " is paused (by a user), and the connection to it failed: lost",
 		{Kind: hypervisor.Running}:                                   "the guest still runs, but the connection to it failed: lost",
 	} {
 		synctest.Test(t, func(t *testing.T) {

@@ -177,7 +177,7 @@ func (s *Stage) explain(ctx, watched context.Context, domain string, err error) 
 	case unknown != nil:
 		return fmt.Errorf("the connection to the guest failed, and libvirtd does not say whether it still runs: %w", err)
 	case state.Kind != hypervisor.Running: // as that of a cleanup which takes long
-		return &guestLost{domain, state}
+		return fmt.Errorf("%w, and the connection to it failed: %w", &guestLost{domain, state}, err)
 	}
 	return fmt.Errorf("the guest still runs, but the connection to it failed: %w", err)
 }
