@@ -19,28 +19,28 @@ func (c *Connection) Watch(ctx context.Context, name string, done func(State) bo
 		if err != nil {
 			return State{}, wrap(err, "watch domain %s", name)
 		}
-		state, over, err := c.watch(ctx, events, name, done)
-		if err != nil || over {
+		state, ended, err := c.watch(ctx, events, name, done)
+		if err != nil || !ended {
 			return state, err
 		}
 	}
 }
 
-// watch is Watch until the events end; over says that they have not.
-func (c *Connection) watch(ctx context.Context, events *events, name string, done func(State) bool) (_ State, over bool, err error) {
+// watch is Watch for as long as the events last; ended says that they did not.
+func (c *Connection) watch(ctx context.Context, events *events, name string, done func(State) bool) (_ State, ended bool, err error) {
 	told, leave := events.of(name)
 	defer leave()
 	for { // Events come from now on; what came before them is in the state.
 		state, err := c.State(ctx, name)
 		if err != nil || done(state) {
-			return state, true, err
+			return state, false, err
 		}
 		select {
 		case <-told:
 		case <-events.ended:
-			return state, false, nil
+			return state, true, nil
 		case <-ctx.Done():
-			return State{}, true, fmt.Errorf("watch domain %s: %w", name, context.Cause(ctx))
+			return State{}, false, fmt.Errorf("watch domain %s: %w", name, context.Cause(ctx))
 		}
 	}
 }

@@ -14,7 +14,7 @@ import (
 func TestAllWhoWatchShareASubscription(t *testing.T) {
 	const lookUp, state, register, name = 23, 212, 316, "d"
 	domain := slices.Concat(counted(1, name), make([]byte, 16), words(1))
-	var subscriptions, states atomic.Int32
+	var subscriptions atomic.Int32
 	var off atomic.Bool
 	asked := make(chan net.Conn, 10)
 	c := libvirtd(t, func(conn net.Conn, h header) []byte {
@@ -23,7 +23,6 @@ func TestAllWhoWatchShareASubscription(t *testing.T) {
 		case lookUp:
 			payload = domain
 		case state:
-			states.Add(1)
 			payload = words(uint32(libvirt.DomainRunning), 0)
 			if off.Load() {
 				payload = words(uint32(libvirt.DomainShutoff), 0)

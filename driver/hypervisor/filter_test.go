@@ -45,6 +45,7 @@ func TestAPortWithAnotherGuestsFilterIsNotTheEnd(t *testing.T) {
 		{2, libvirt.ErrOperationFailed, "operation failed: binding 'vnet10' is already being removed", "", 3},
 		{9, libvirt.ErrOperationFailed, "operation failed: binding 'vnet10' already exists", "'vnet10' already exists", 5},
 		{9, libvirt.ErrOperationFailed, "operation failed: no room", "start domain d: operation failed: no room", 1},
+		{9, libvirt.ErrInternalError, "internal error: binding 'vnet10'", "internal error: binding 'vnet10'", 1},
 	} {
 		starts := 0
 		c := libvirtd(t, func(_ net.Conn, h header) []byte {
