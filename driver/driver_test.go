@@ -198,6 +198,21 @@ func TestRunMapsEndings(t *testing.T) {
 	}
 }
 
+// Most scripts take less than it costs to watch their guest.
+func TestLibvirtIsAskedAboutTheGuestOfAScriptThatTakesLong(t *testing.T) {
+	for takes, want := range map[time.Duration][]string{
+		brief - time.Millisecond: nil,
+		brief + time.Millisecond: {"Watch " + machineName},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			s, script := prepared(t, &shell{takes: takes})
+			if err := s.Run(t.Context(), script); err != nil || !slices.Equal(s.host.calls, want) {
+				t.Errorf("a script of %v: %v after %q, want %q", takes, err, s.host.calls, want)
+			}
+		})
+	}
+}
+
 // What the administrator changes while a job runs is no fault of the job's.
 func TestRunGoesOnWhenTheSettingsChange(t *testing.T) {
 	s, script := prepared(t, &shell{})
@@ -274,6 +289,21 @@ func TestAnAddressIsLookedForWhenTheGuestIsNoticed(t *testing.T) {
 	})
 	if err != nil || address != s.host.lent || looks != 3 || !slices.Equal(paced, []string{"false 0", "true 0"}) {
 		t.Errorf("%v, %v after %d looks, paced as after %q", address, err, looks, paced)
+	}
+}
+
+func TestLeasesAreLookedAtOftenOnlyWhenTheGuestHasBeenNoticed(t *testing.T) {
+	for _, test := range []struct {
+		noticed bool
+		try     int
+		want    time.Duration
+	}{
+		{false, 0, 3 * time.Second}, {false, 9, 3 * time.Second},
+		{true, 0, 50 * time.Millisecond}, {true, 1, 100 * time.Millisecond}, {true, 1000, 3 * time.Second},
+	} {
+		if got := leasePace(test.noticed, test.try); got != test.want {
+			t.Errorf("noticed %v, try %d: %v, want %v", test.noticed, test.try, got, test.want)
+		}
 	}
 }
 

@@ -225,7 +225,10 @@ func (h *host) State(_ context.Context, name string) (hypervisor.State, error) {
 	return h.state, nil
 }
 
-func (h *host) Watch(ctx context.Context, _ string, done func(hypervisor.State) bool) (hypervisor.State, error) {
+func (h *host) Watch(ctx context.Context, name string, done func(hypervisor.State) bool) (hypervisor.State, error) {
+	if err := h.note("Watch", name); err != nil {
+		return hypervisor.State{}, err
+	}
 	select {
 	case <-ctx.Done():
 		return hypervisor.State{}, ctx.Err()
@@ -293,6 +296,7 @@ type shell struct {
 	result  error
 	ping    error
 	aborted chan error
+	takes   time.Duration
 	hangs   bool
 }
 
@@ -303,6 +307,7 @@ func (s *shell) Abort(err error)             { s.aborted <- err }
 func (s *shell) Close() error                { return nil }
 
 func (s *shell) Run(ctx context.Context, _ sshexec.Command) error {
+	time.Sleep(s.takes)
 	if !s.hangs {
 		return s.result
 	}
