@@ -53,8 +53,7 @@ func (x *trial) script(t *testing.T, cfg runner.Config, commands string) *runner
 }
 
 // lose loses the guest of a script, and checks that this is not the job's failure, that the script's stage tells of it
-// soon after libvirt does, and that later sub-stages do not wait for the guest. libvirt may take half a minute to find
-// that a guest's QEMU has ended, where it is at work on the network filters of others.
+// soon after libvirt does, and that later sub-stages do not wait for the guest.
 func (x *trial) lose(t *testing.T, call *runner.Call, how func(), state, complaint string) {
 	t.Helper()
 	if how != nil {
@@ -62,10 +61,7 @@ func (x *trial) lose(t *testing.T, call *runner.Call, how func(), state, complai
 	}
 	var known time.Time
 	x.wait(func() {
-		until(t, "libvirt knows that the guest is "+state, func() bool {
-			time.Sleep(200 * time.Millisecond) // each look starts a program
-			return strings.TrimSpace(virsh(t, "domstate", x.machine())) == state
-		})
+		untilState(t, x.machine(), state)
 		known = time.Now()
 	})
 	r := x.end(t, call)

@@ -66,8 +66,10 @@ func (f *faults) fullPools() {
 	})
 	f.add(prepare, 1, func(t *testing.T, x *trial) {
 		_, image := onSmallPool(t)
-		ex := x.start(t, newSettings(t, "reserve_disk = \"64 MiB\"\n"+tiny(image, "[timeouts]", `turn = "10s"`)).runner(t))
-		x.wantLost(t, ex.Prepare(t.Context()), 30*time.Second, "no room after 10s (timeouts.turn)", "64 MiB are reserved (reserve_disk)")
+		ex := x.start(t, newSettings(t, "reserve_disk = \"64 MiB\"\n"+tiny(image, "[timeouts]", `turn = "20s"`)).runner(t))
+		x.wait(func() {
+			x.wantLost(t, ex.Prepare(t.Context()), 40*time.Second, "no room after 20s (timeouts.turn)", "64 MiB are reserved (reserve_disk)")
+		})
 	})
 	f.add(f.row("pool full, with room later", "prepare"), 1, func(t *testing.T, x *trial) {
 		dir := newDisk(t, "size=80M")
@@ -102,12 +104,13 @@ func (f *faults) fullPools() {
 func (f *faults) stoppedNetworks() {
 	f.add(f.row("network stopped while prepare waits", "prepare"), 2, func(t *testing.T, x *trial) {
 		net := newNetwork(t, true)
-		call := x.start(t, newSettings(t, tiny(fmt.Sprintf("network = %q", net.name))).runner(t)).StartPrepare()
-		if x.n == 0 {
-			waitFor(t, call, "  machine ")
-		} else {
-			waitFor(t, call, "  address ")
+		lacks, sign := "udhcpc", "  machine " // no address comes
+		if x.n > 0 {
+			lacks, sign = "sshd", "  address " // no shell comes
 		}
+		image := fmt.Sprintf("network = %q\n%s", net.name, first("sed -i /"+lacks+"/d /etc/inittab"))
+		call := x.start(t, newSettings(t, tiny(image)).runner(t)).StartPrepare()
+		waitFor(t, call, sign)
 		virsh(t, "net-destroy", net.name)
 		x.forgotten = net.macs()
 		stopped := time.Now()
@@ -152,7 +155,7 @@ func (f *faults) fullDisks() {
 	f.add(run, 1, func(t *testing.T, x *trial) {
 		cfg, dir := onDisk(t)
 		ex := x.prepared(t, cfg)
-		call := ex.StartRun("build_script", "echo begun; sleep 2; exit 7")
+		call := ex.StartRun("build_script", "echo begun; sleep 5; exit 7")
 		waitFor(t, call, "begun\n")
 		filled := fill(t, dir)
 		r := x.end(t, call)

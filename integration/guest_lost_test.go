@@ -40,6 +40,7 @@ func TestPrepareFailsAtOnceWhenTheGuestStops(t *testing.T) {
 				if err := syscall.Kill(qemu(t, machine), syscall.SIGKILL); err != nil {
 					t.Fatal(err)
 				}
+				untilState(t, machine, "shut off")
 			},
 		},
 		"is removed": {
@@ -50,10 +51,10 @@ func TestPrepareFailsAtOnceWhenTheGuestStops(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			job := newJob(runner.Job{})
 			ex, call := midway(t, newSettings(t, tiny(test.image)).runner(t), job, "  machine ")
-			stopped := time.Now()
 			if test.stop != nil {
 				test.stop(t, machineOf(job))
 			}
+			stopped := time.Now()
 			r := call.Wait(t.Context())
 			want(t, ex, r, 2, machineOf(job)+" "+test.complaint, "The last lines of the guest's console")
 			if took := r.Ended.Sub(stopped); test.stop != nil && took > 15*time.Second {

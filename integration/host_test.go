@@ -587,6 +587,16 @@ func until(t *testing.T, what string, so func() bool) {
 	}
 }
 
+// untilState waits until libvirt knows that a domain is in a state, as virsh domstate calls it. That a guest's QEMU has
+// ended it may not find for half a minute, where it is at work on the network filters of others.
+func untilState(t *testing.T, domain, state string) {
+	t.Helper()
+	until(t, "libvirt knows that "+domain+" is "+state, func() bool {
+		time.Sleep(200 * time.Millisecond) // each look starts a program
+		return strings.TrimSpace(virsh(t, "domstate", domain)) == state
+	})
+}
+
 // qemu returns the process ID of a domain's QEMU.
 func qemu(t *testing.T, domain string) int {
 	t.Helper()
