@@ -112,7 +112,7 @@ func (f *faults) add(r *row, n int, do func(*testing.T, *trial)) {
 
 // tryAll makes all tries that are queued, a few at a time.
 func (f *faults) tryAll(t *testing.T) {
-	f.slots = make(chan struct{}, 6)
+	f.slots = make(chan struct{}, 4)
 	var all sync.WaitGroup
 	for _, try := range f.queue {
 		f.slots <- struct{}{}
