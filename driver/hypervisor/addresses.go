@@ -210,8 +210,9 @@ func (c *Connection) KeepsLeases(ctx context.Context, network string) (bool, err
 
 func keepsLeases(text string) (bool, error) {
 	var network struct {
-		Ranges []struct{} `xml:"ip>dhcp>range"`
-		Hosts  []struct{} `xml:"ip>dhcp>host"`
+		XMLName xml.Name   `xml:"network"`
+		Ranges  []struct{} `xml:"ip>dhcp>range"`
+		Hosts   []struct{} `xml:"ip>dhcp>host"`
 	}
 	err := xml.Unmarshal([]byte(text), &network)
 	return len(network.Ranges)+len(network.Hosts) > 0, err

@@ -99,8 +99,9 @@ func (c *Connection) readCapabilities(ctx context.Context, virtType, machine str
 // take twice the time.
 type (
 	hostCaps struct {
-		Arch   string      `xml:"host>cpu>arch"`
-		Guests []guestCaps `xml:"guest"`
+		XMLName xml.Name    `xml:"capabilities"`
+		Arch    string      `xml:"host>cpu>arch"`
+		Guests  []guestCaps `xml:"guest"`
 	}
 	guestCaps struct {
 		OSType string `xml:"os_type"`
@@ -114,7 +115,8 @@ type (
 		} `xml:"arch"`
 	}
 	domainCaps struct {
-		Machine string `xml:"machine"`
+		XMLName xml.Name `xml:"domainCapabilities"`
+		Machine string   `xml:"machine"`
 		Modes   []struct {
 			Name      string `xml:"name,attr"`
 			Supported string `xml:"supported,attr"`

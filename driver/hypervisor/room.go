@@ -101,8 +101,9 @@ func (c *Connection) PoolSpace(ctx context.Context, pool string) (uint64, error)
 // go; and making it look has it stop the pool when it stumbles.
 func folderSpace(pool string) (uint64, error) {
 	var p struct {
-		Type string `xml:"type,attr"`
-		Path string `xml:"target>path"`
+		XMLName xml.Name `xml:"pool"`
+		Type    string   `xml:"type,attr"`
+		Path    string   `xml:"target>path"`
 	}
 	if err := xml.Unmarshal([]byte(pool), &p); err != nil {
 		return 0, err

@@ -72,6 +72,7 @@ func (c *Connection) Channels(ctx context.Context, domain string) (map[string]st
 		return err
 	})
 	var doc struct {
+		XMLName  xml.Name `xml:"domain"`
 		Channels []struct {
 			Type   string `xml:"type,attr"`
 			Source struct {
