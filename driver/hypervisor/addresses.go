@@ -215,5 +215,5 @@ func keepsLeases(text string) (bool, error) {
 		Hosts   []struct{} `xml:"ip>dhcp>host"`
 	}
 	err := xml.Unmarshal([]byte(text), &network)
-	return len(network.Ranges)+len(network.Hosts) > 0, err
+	return err == nil && len(network.Ranges)+len(network.Hosts) > 0, err
 }

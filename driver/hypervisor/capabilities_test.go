@@ -81,3 +81,29 @@ func TestAnOfferCountsForAWhile(t *testing.T) {
 		t.Error("an old one has been taken")
 	}
 }
+
+// What reads little of a document must not take another for it.
+func TestAnotherDocumentIsNotTakenForLibvirts(t *testing.T) {
+	for what, read := range map[string]func() error{
+		"network": func() error {
+			_, err := keepsLeases("<A><ip><dhcp><range/></dhcp></ip></A>")
+			return err
+		},
+		"pool": func() error {
+			_, err := folderSpace("<A type='dir'><target><path>/</path></target></A>")
+			return err
+		},
+		"capabilities": func() error {
+			_, err := choose("<A><host><cpu><arch>x86_64</arch></cpu></host><guest><os_type>hvm</os_type><arch name='x86_64'><domain type='qemu'/></arch></guest></A>", "qemu", "")
+			return err
+		},
+		"domainCapabilities": func() error {
+			_, err := Capabilities{}.complete("<A><machine>q35</machine></A>")
+			return err
+		},
+	} {
+		if err := read(); err == nil || !strings.Contains(err.Error(), "expected element type <"+what+">") {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+}
